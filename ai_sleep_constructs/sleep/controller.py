@@ -36,7 +36,7 @@ from ai_sleep_constructs.sleep.strategies.base import (
 )
 from .triggers import Waking, check_threshold, fired
 
-# %% ../../nbs/sleep/controller.ipynb #76e4eebe
+# %% ../../nbs/sleep/controller.ipynb #866f416e
 SLEEPS = {SleepMode.LIGHT_SLEEP: 300, SleepMode.DEEP_SLEEP: 1800}  # the modes of sleep and their default durations in s
 SEED_KEYWORDS = {"gradient_clip_norm"}  # keywords of strategies that the enumeration names and nothing implements yet
 EVENTS = ("on_sleep_start", "on_sleep_end", "on_optimization_complete")
@@ -50,18 +50,18 @@ def build_strategies(
 
     Raises ValueError for an unknown strategy, one of the other mode, or a bad option.
     """
-    chosen = config["strategies"]
-    classes = registered_strategies(mode) if chosen is None else [get_strategy(name) or name for name in chosen]
+    chosen: list[Any] = registered_strategies(mode) if config["strategies"] is None else config["strategies"]
     built: list[Strategy | str] = []
-    for item in classes:
-        if not isinstance(item, type):
-            built.append(item.value if isinstance(item, OptimizationStrategy) else item)
+    for name in chosen:
+        strategy: type[Strategy] | None = name if isinstance(name, type) else get_strategy(name)
+        if strategy is None:
+            built.append(OptimizationStrategy(name).value)
             continue
-        if mode not in item.modes:
-            allowed = ", ".join(sorted(m.value for m in item.modes))
-            raise ValueError(f"strategy {item.label()!r} does not belong to {mode.value}; it belongs to {allowed}")
-        options = {f.name for f in dataclasses.fields(item)}
-        built.append(item(**{k: v for k, v in config.items() if k in options}))
+        if mode not in strategy.modes:
+            allowed = ", ".join(sorted(m.value for m in strategy.modes))
+            raise ValueError(f"strategy {strategy.label()!r} does not belong to {mode.value}; it belongs to {allowed}")
+        options = {f.name for f in dataclasses.fields(strategy)}
+        built.append(strategy(**{k: v for k, v in config.items() if k in options}))
     return built
 
 def check_duration(duration: object) -> float:
