@@ -1,0 +1,1 @@
+"""Running experiments: runs, plots, reports and the `ai-sleep` command."""
