@@ -107,7 +107,8 @@ def evaluate(
                 rows = torch.zeros(len(part), length, dtype=torch.long)
                 for row, (ids, start, end, _) in enumerate(part):
                     rows[row, :end - start] = torch.tensor(ids[start:end])
-                logits = model(input_ids=rows.to(device), use_cache=False).logits
+                rows = rows.to(device)  # the mask hides nothing; it says that an end-of-text token here is no padding
+                logits = model(input_ids=rows, attention_mask=torch.ones_like(rows), use_cache=False).logits
                 for row, (ids, start, end, scored) in enumerate(part):
                     targets = torch.tensor(ids[scored + 1:end + 1], device=device)
                     total += _window_nll(logits[row, scored - start:end - start], targets)

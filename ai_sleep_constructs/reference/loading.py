@@ -231,4 +231,6 @@ def load_model(
         missing = sorted(report["missing_keys"])
         raise CheckpointError(f"the weights in {place} lack {len(missing)} tensors that its config.json asks for, "
                               f"{missing[0]} among them")
+    if getattr(model, "loss_type", None) is None:  # transformers derives it from some class names and warns about the others
+        model.loss_type = "ForCausalLM"
     return LoadedModel((model if config else model.to(chosen)).eval(), tokenizer)

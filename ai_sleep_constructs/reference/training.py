@@ -114,7 +114,7 @@ def _step(model: PreTrainedModel, optimizers: dict[str, torch.optim.Optimizer], 
     parts = rows.split(max(1, config.micro_tokens // rows.size(1)))
     total = 0.0
     for part in parts:
-        loss = model(part, labels=part, use_cache=False).loss / len(parts)
+        loss = model(part, attention_mask=torch.ones_like(part), labels=part, use_cache=False).loss / len(parts)
         loss.backward()
         total += loss.item()
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
