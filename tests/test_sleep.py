@@ -12,6 +12,8 @@ from transformers import (
     DynamicCache,
     GPT2Config,
     GPT2LMHeadModel,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
@@ -232,14 +234,12 @@ def test_recalibration_to_the_day_adapts_to_its_text(reference):
     "strategy",
     [
         AttentionHeadPruning(pruning_fraction=0.5, max_regression=0.0),
-        LayerNormRecalibration(recalibration_rate=0.9, recalibration_steps=2, max_regression=0.0),
+        LayerNormRecalibration(recalibration_objective="text", recalibration_rate=0.1, max_regression=0.0),
         KVCacheManagement(kv_cache_retention=1, max_regression=0.0),
     ],
     ids=lambda s: s.label(),
 )
 def test_after_a_rollback_the_weights_are_bit_identical(night, strategy):
-    if isinstance(strategy, LayerNormRecalibration):
-        night.memo["teacher"] = torch.zeros_like(night.model.base_model(night.calibration).last_hidden_state)
     before, tokens = hash_model(night.model), night.session.cache_tokens
     optimizer = torch.optim.SGD(night.model.parameters(), lr=0.1)
     report = run_transaction(strategy, night)
@@ -271,8 +271,92 @@ def test_a_model_that_becomes_nan_is_rolled_back(night):
             return {}
 
     before = hash_model(night.model)
+    night.memo.clear()
     report = run_transaction(Poison(max_regression=1e9), night)
     assert report.status == "rolled_back" and hash_model(night.model) == before
+
+
+def test_a_model_of_unknown_layout_is_skipped_and_the_night_goes_on(material):
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 4096, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+    model = GPTNeoXForCausalLM(GPTNeoXConfig(**sizes, bos_token_id=0, eos_token_id=0)).eval()
+    guard, calibration = material
+    controller = AISleepController("neox").bind(model, guard=guard, calibration=calibration)
+    assert controller.initiate_sleep(SleepTrigger.SCHEDULED) and controller.wake_up()
+    pruning, recalibration = controller.last_report.strategies
+    assert pruning.status == "skipped" and "no attention module" in pruning.message
+    assert recalibration.status == "committed"
+
+
+def test_errors_outside_apply_are_failures_and_not_raised(night):
+    class NoSnapshot(LayerNormRecalibration):
+        def snapshot(self, context):
+            raise MemoryError("too large")
+
+    class NoNight(LayerNormRecalibration):
+        name = "no_night"
+
+        def before_night(self, context):
+            raise MemoryError("too large")
+
+    assert run_transaction(NoSnapshot(), night).status == "failed"
+    controller = AISleepController("m").bind(night.model, guard=night.guard, calibration=night.calibration)
+    controller.deep_sleep_config["strategies"] = [NoNight]
+    assert controller.initiate_sleep(SleepTrigger.SCHEDULED)
+    assert controller.last_report.strategies[0].status == "failed" and "too large" in controller.last_report.strategies[0].message
+
+
+def test_quantised_heads_are_left_alone(material):
+    pytest.importorskip("bitsandbytes")
+    model, _ = load_model("reference", quantization="8bit", device="cpu")
+    guard, calibration = material
+    report = run_transaction(AttentionHeadPruning(), SleepContext(LMModelState("8bit"), model, None, guard, calibration))
+    assert report.status == "skipped" and "before quantising" in report.message
+
+
+def test_an_interrupted_score_leaves_the_conversation_as_it_was(reference):
+    model = copy.deepcopy(reference.model)
+    session, twin = Session(model), Session(model)
+    session.score(torch.arange(30))
+    twin.score(torch.arange(30))
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    handle = attention_blocks(model)[3].module.register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        session.score(torch.arange(20))
+    handle.remove()
+    assert torch.equal(session.score(torch.arange(40, 60)), twin.score(torch.arange(40, 60)))
+
+
+@pytest.mark.parametrize("ids", [[1.5, 2.0], [[1, 2], [3, 4]], [-1], [4096]], ids=str)
+def test_bad_tokens_are_refused(reference, ids):
+    with pytest.raises(ValueError, match="input_ids"):
+        Session(reference.model).score(torch.tensor(ids))
+
+
+def test_rebinding_keeps_the_session_of_the_same_model(reference, material):
+    guard, calibration = material
+    adapter = HuggingFaceModelAdapter(copy.deepcopy(reference.model), "m", guard=guard, calibration=calibration)
+    adapter.serve(torch.arange(50))
+    adapter.controller.bind(adapter.model, guard=guard, calibration=calibration)
+    adapter.controller.configure_deep_sleep(
+        strategies=["attention_head_pruning"], pruning_fraction=0.25, max_regression=5.0
+    )
+    adapter.enable_sleep_cycles()
+    assert adapter.initiate_deep_sleep() and adapter.wake_model()
+    assert adapter.controller.last_report.strategies[0].details["pruned"]
+    adapter.serve(torch.arange(50))
+    assert adapter.controller.deep_sleep_config["duration"] == 1800
+
+
+def test_a_journal_that_cannot_be_written_does_not_keep_the_model_asleep(tmp_path, caplog):
+    (tmp_path / "file").write_text("in the way")
+    controller = AISleepController("m", journal=tmp_path / "file" / "nights.jsonl")
+    with caplog.at_level(logging.ERROR):
+        assert controller.initiate_sleep(SleepTrigger.MANUAL) and controller.wake_up()
+    assert "journal" in caplog.text
 
 
 def test_static_cache_is_refused_before_anything_changes(reference):
@@ -303,6 +387,7 @@ def test_empty_cache_and_every_policy(reference):
         (AttentionHeadPruning, {"pruning_threshold": 1.0}),
         (AttentionHeadPruning, {"pruning_fraction": -0.1}),
         (AttentionHeadPruning, {"max_regression": -1}),
+        (AttentionHeadPruning, {"max_regression": float("inf")}),
         (LayerNormRecalibration, {"recalibration_objective": "both"}),
         (LayerNormRecalibration, {"recalibration_steps": 0}),
         (LayerNormRecalibration, {"recalibration_rate": 0.0}),

@@ -17,7 +17,7 @@ from .controller import AISleepController
 from .modes import SleepMode, SleepTrigger
 from .session import Session
 
-# %% ../../nbs/sleep/adapter.ipynb #2640413b
+# %% ../../nbs/sleep/adapter.ipynb #7ac8509d
 _log = logging.getLogger(__name__)
 
 class HuggingFaceModelAdapter:
@@ -75,12 +75,7 @@ class HuggingFaceModelAdapter:
                 _log.warning("sleep is disabled for %s; call enable_sleep_cycles() first", self.model_id)
                 self._warned = True
             return False
-        configure = {
-            SleepMode.LIGHT_SLEEP: self.controller.configure_light_sleep,
-            SleepMode.DEEP_SLEEP: self.controller.configure_deep_sleep,
-        }[mode]
-        configure(duration=duration)
-        return self.controller.initiate_sleep(SleepTrigger.MANUAL, mode)
+        return self.controller.initiate_sleep(SleepTrigger.MANUAL, mode, duration=duration)
 
     def wake_model(self) -> bool:
         "Wake the model; False when it was awake."
@@ -98,12 +93,13 @@ class HuggingFaceModelAdapter:
         """
         if self.session is None:
             raise RuntimeError(f"{self.model_id} has no model, so it cannot serve")
-        if self.controller.model_state.current_mode is not SleepMode.AWAKE:
-            raise RuntimeError(f"{self.model_id} is asleep; call wake_model() first")
         ids = self.tokenizer(text, add_special_tokens=False)["input_ids"] if isinstance(text, str) else text
-        began = time.perf_counter()
-        nll = self.session.score(ids)
-        seconds = time.perf_counter() - began
+        with self.controller.awake():
+            if self.controller.model_state.current_mode is not SleepMode.AWAKE:
+                raise RuntimeError(f"{self.model_id} is asleep; call wake_model() first")
+            began = time.perf_counter()
+            nll = self.session.score(ids)
+            seconds = time.perf_counter() - began
         if len(nll) and not nll.isnan().all():
             loss = float(nll.nanmean())
             self.track_inference_metrics(math.exp(min(loss, 700.0)), loss, seconds, self.session.cache_bytes / 2**20)
@@ -117,13 +113,13 @@ class HuggingFaceModelAdapter:
         memory_usage: float | None = None,  # in MiB
     ) -> None:
         "Hand the given metrics to the state and to the monitor, where there is one."
-        metrics = {"perplexity": perplexity, "loss": loss, "inference_time": inference_time, "memory_usage": memory_usage}
+        given = {"perplexity": perplexity, "loss": loss, "inference_time": inference_time, "memory_usage": memory_usage}
+        metrics = {name: float(value) for name, value in given.items() if value is not None}
         self.controller.waking.active = time.monotonic()
         for name, value in metrics.items():
-            if value is not None:
-                self.controller.model_state.record_metric(name, value)
-                if self.controller.performance_monitor is not None:
-                    self.controller.performance_monitor.track_metric(name, value)
+            self.controller.model_state.record_metric(name, value)
+            if self.controller.performance_monitor is not None:
+                self.controller.performance_monitor.track_metric(name, value)
 
     def get_model_status(self) -> dict[str, Any]:
         "What the model is, whether it may sleep, how it slept, and what the monitor saw."

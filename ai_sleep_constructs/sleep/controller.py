@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SLEEPS', 'SEED_KEYWORDS', 'EVENTS', 'build_strategies', 'check_duration', 'AISleepController']
 
-# %% ../../nbs/sleep/controller.ipynb #4a3302c0
+# %% ../../nbs/sleep/controller.ipynb #d7c95a98
 import dataclasses
 import difflib
 import logging
@@ -14,6 +14,7 @@ import time
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -70,7 +71,7 @@ def check_duration(duration: object) -> float:
         raise ValueError(f"duration must be a finite number of seconds above 0, got {duration!r}")
     return duration
 
-# %% ../../nbs/sleep/controller.ipynb #8942f208
+# %% ../../nbs/sleep/controller.ipynb #0fb8a3b2
 _log = logging.getLogger(__name__)
 
 class AISleepController:
@@ -148,8 +149,12 @@ class AISleepController:
         if session is not None and session.model is not model:
             raise ValueError("session serves another model than the one to bind")
 
-        def taken(texts: Iterable[str] | None, split: str) -> Tensor | None:
+        def taken(name: str, texts: Iterable[str] | None, split: str) -> Tensor | None:
+            if isinstance(texts, str):
+                raise TypeError(f"{name} must be several texts, not one string")
             if model is None or tokenizer is None:
+                if texts is not None:
+                    raise ValueError(f"{name}: texts need a model and tokenizer= to be read")
                 return None
             if texts is None:
                 from ai_sleep_constructs.reference.corpus import load_corpus
@@ -158,13 +163,18 @@ class AISleepController:
             return sample_sequences(tokenizer, texts, sequences, length, seed)
 
         if not isinstance(guard, GuardSet):
-            held_out = taken(guard, "guard")
+            held_out = taken("guard", guard, "guard")
             guard = None if held_out is None else GuardSet(tokenizer, held_out)
         if not isinstance(calibration, Tensor):
-            calibration = taken(calibration, "train")
+            calibration = taken("calibration", calibration, "train")
         if model is not None and guard is None:
             warnings.warn("no guard set: pass tokenizer= or guard=, or every change is kept unmeasured", stacklevel=2)
-        self.model_state.bind(model)
+        with self._lock:
+            if model is self.model_state.model:
+                session = self.session if session is None else session
+            elif self.model_state.model is not None:  # what was recorded of another model says nothing of this one
+                self.model_state.attention_heads, self.model_state.layer_norms = {}, {}
+            self.model_state.bind(model)
         self.session, self.guard, self.calibration = session, guard, calibration
         self.waking.session = session
         return self
@@ -232,6 +242,8 @@ class AISleepController:
         self,
         trigger: SleepTrigger,  # why
         mode: SleepMode | None = None,  # light or deep; by default the trigger decides
+        *,
+        duration: float | None = None,  # time budget of this one night in seconds; by default the configured one
     ) -> bool:
         """
         Go to sleep and let the strategies work. True when the model slept; it is asleep then until `wake_up`.
@@ -244,6 +256,7 @@ class AISleepController:
         mode = self._determine_sleep_mode(trigger) if mode is None else mode
         if mode not in SLEEPS:
             raise ValueError(f"mode must be light_sleep or deep_sleep, got {mode!r}")
+        budget = self._config(mode)["duration"] if duration is None else check_duration(duration)
         with self._lock:
             previous = self.model_state.current_mode
             if previous is mode:
@@ -258,8 +271,7 @@ class AISleepController:
             self._go(mode)
             self.total_sleep_cycles += 1
             self._last_sleep = started = datetime.now(UTC)
-            duration = self._config(mode)["duration"]
-            report = SleepReport(self.model_id, self.total_sleep_cycles, mode, trigger, duration, started)
+            report = SleepReport(self.model_id, self.total_sleep_cycles, mode, trigger, budget, started)
             self.reports.append(report)
             began = time.monotonic()
             try:
@@ -270,7 +282,10 @@ class AISleepController:
             finally:
                 report.seconds = time.monotonic() - began
                 if self.journal is not None:
-                    append_journal(self.journal, report)
+                    try:
+                        append_journal(self.journal, report)
+                    except (OSError, TypeError, ValueError):
+                        _log.exception("the night is not in the journal %s", self.journal)
             return True
 
     def wake_up(self) -> bool:
@@ -290,11 +305,16 @@ class AISleepController:
 
     def sleep_if_triggered(self) -> SleepReport | None:
         "A whole night, waking included, when a trigger fires; its report, or None."
-        trigger = self.check_triggers()
-        if trigger is None or not self.initiate_sleep(trigger):
-            return None
-        self.wake_up()
-        return self.last_report
+        with self._lock:
+            trigger = self.check_triggers()
+            if trigger is None or not self.initiate_sleep(trigger):
+                return None
+            self.wake_up()
+            return self.last_report
+
+    def awake(self) -> AbstractContextManager[bool]:
+        "A lock to hold while the model is used, so that it does not fall asleep in the middle: `with controller.awake():`."
+        return self._lock
 
     def _determine_sleep_mode(self, trigger: SleepTrigger) -> SleepMode:
         deep = trigger in (SleepTrigger.DRIFT_DETECTED, SleepTrigger.SCHEDULED)
@@ -314,14 +334,21 @@ class AISleepController:
             self.session,
             self.guard,
             self.calibration,
-            deadline=time.monotonic() + config["duration"],
+            deadline=time.monotonic() + self.reports[-1].duration,
         )
         strategies = build_strategies(mode, config)
-        for strategy in strategies:
+        unready: dict[int, str] = {}
+        for index, strategy in enumerate(strategies):
             if isinstance(strategy, Strategy):
-                strategy.before_night(context)
-        for strategy in strategies:
-            if isinstance(strategy, Strategy):
+                try:
+                    strategy.before_night(context)
+                except Exception as error:
+                    _log.warning("%s could not prepare for the night", strategy.label(), exc_info=True)
+                    unready[index] = f"{type(error).__name__}: {error}"
+        for index, strategy in enumerate(strategies):
+            if index in unready and isinstance(strategy, Strategy):
+                done = StrategyReport(strategy.label(), "failed", message=unready[index])
+            elif isinstance(strategy, Strategy):
                 done = run_transaction(strategy, context)
             else:
                 done = StrategyReport(strategy, "unavailable", message="this version has no such strategy")

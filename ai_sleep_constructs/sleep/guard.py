@@ -39,7 +39,7 @@ def sample_sequences(
     chosen = torch.randperm(blocks, generator=torch.Generator().manual_seed(seed))[:sequences].sort().values
     return torch.tensor(ids[: blocks * length]).view(blocks, length)[chosen]
 
-# %% ../../nbs/sleep/guard.ipynb #6f02f1f7
+# %% ../../nbs/sleep/guard.ipynb #a71a53a6
 class GuardSet:
     "Held-out sequences on which a model is measured before and after a change."
 
@@ -50,8 +50,8 @@ class GuardSet:
         *,
         batch_size: int = 8,  # sequences a forward pass
     ):
-        if sequences.ndim != 2 or sequences.shape[1] < 4:
-            raise ValueError(f"sequences must have shape [N, T] with T >= 4, got {list(sequences.shape)}")
+        if sequences.ndim != 2 or not len(sequences) or sequences.shape[1] < 8:
+            raise ValueError(f"sequences must have shape [N, T] with N >= 1 and T >= 8, got {list(sequences.shape)}")
         self.sequences, self.batch_size = sequences, batch_size
         self.cut = sequences.shape[1] * 3 // 4
         self._bytes = self._count(tokenizer, sequences[:, 1:])

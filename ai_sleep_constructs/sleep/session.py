@@ -5,13 +5,16 @@
 # %% auto #0
 __all__ = ['check_evictable', 'cache_tokens', 'cache_nbytes', 'Session']
 
-# %% ../../nbs/sleep/session.ipynb #3b470a98
+# %% ../../nbs/sleep/session.ipynb #d3964330
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
+
+from .snapshot import CacheSnapshot
 
 # %% ../../nbs/sleep/session.ipynb #7f6f8393
 def check_evictable(
@@ -35,7 +38,7 @@ def cache_nbytes(cache: DynamicCache) -> int:
         layer.keys.nbytes + layer.values.nbytes for layer in cache.layers if layer.is_initialized and layer.keys.numel()
     )
 
-# %% ../../nbs/sleep/session.ipynb #33dfb7dd
+# %% ../../nbs/sleep/session.ipynb #2f8c2502
 class Session:
     """
     One running conversation of a causal language model: its cache, its true position, and what it served last.
@@ -88,11 +91,17 @@ class Session:
         Serve the next tokens and return the negative log-likelihood of each in nats, float32 of shape [T] on the CPU.
 
         The first token of a conversation has nothing before it and gets NaN.
-        Raises ValueError when a model with learned positions has none left; nothing has changed then.
+        Raises ValueError for ids that the model does not know, or when a model with learned positions has none left.
+        After any error, an interrupt included, the conversation is as it was.
         """
-        ids = torch.as_tensor(input_ids, dtype=torch.long).reshape(-1)
-        if not len(ids):
+        ids = torch.as_tensor(input_ids)
+        if not ids.numel():
             return torch.empty(0)
+        embedding: Any = self.model.get_input_embeddings()  # type: ignore[operator]
+        known = embedding.num_embeddings
+        if ids.is_floating_point() or ids.ndim != 1 or int(ids.min()) < 0 or int(ids.max()) >= known:
+            raise ValueError(f"input_ids must be of shape [T] with integers in 0..{known - 1}, got {ids.dtype} {list(ids.shape)}")
+        ids = ids.long()
         if len(ids) > self.positions_left:
             raise ValueError(
                 f"input_ids: {len(ids)} tokens, but only {self.positions_left} learned positions are left after "
@@ -100,17 +109,25 @@ class Session:
             )
         device = next(self.model.parameters()).device
         positions = torch.arange(self.position, self.position + len(ids), device=device)
-        output = self.model(
-            input_ids=ids[None].to(device), past_key_values=self.cache, position_ids=positions[None], use_cache=True
-        )
-        logits = output.logits[0]
-        if self._last_logits is None:
-            first = torch.full((1,), float("nan"), device=device)
-        else:
-            first = _nll(self._last_logits[None], ids[:1].to(device))
-        nll = torch.cat([first, _nll(logits[:-1], ids[1:].to(device))]).cpu()
-        self._last_logits = logits[-1].clone()
-        self.position += len(ids)
+        saved = CacheSnapshot(self.cache) if self.cache_tokens else None
+        try:
+            output = self.model(
+                input_ids=ids[None].to(device), past_key_values=self.cache, position_ids=positions[None], use_cache=True
+            )
+            logits = output.logits[0]
+            if self._last_logits is None:
+                first = torch.full((1,), float("nan"), device=device)
+            else:
+                first = _nll(self._last_logits[None], ids[:1].to(device))
+            nll = torch.cat([first, _nll(logits[:-1], ids[1:].to(device))]).cpu()
+            last = logits[-1].clone()
+        except BaseException:  # an interrupt or a full memory must not leave some layers longer than others
+            if saved is None:
+                self.cache = DynamicCache()
+            else:
+                saved.restore()
+            raise
+        self._last_logits, self.position = last, self.position + len(ids)
         if self.remember:
             self.recent = torch.cat([self.recent, ids.cpu()])[-self.remember :]
         return nll

@@ -16,7 +16,7 @@ from .modes import SleepTrigger
 from .monitor import LMPerformanceMonitor
 from .session import Session
 
-# %% ../../nbs/sleep/triggers.ipynb #d42ebfa2
+# %% ../../nbs/sleep/triggers.ipynb #0627786b
 @dataclass
 class Waking:
     "What triggers look at: the time since the model woke and what was seen in it. Times are of `time.monotonic()`."
@@ -26,11 +26,20 @@ class Waking:
     active: float = field(default_factory=time.monotonic)  # when something was last tracked or served
     alerts: dict[str, int] = field(default_factory=dict)  # alerts since waking, by type
 
+    samples: int = field(init=False)  # values the monitor had seen when the model woke
+
+    def __post_init__(self) -> None:
+        self.samples = 0 if self.monitor is None else self.monitor.total_samples
+
     def count(self, kind: str) -> int:
         "Alerts since waking whose type names `kind`."
         return sum(n for name, n in self.alerts.items() if kind in name)
 
-# %% ../../nbs/sleep/triggers.ipynb #5f599e3f
+    def fresh(self, values: int = 10) -> bool:
+        "Whether the monitor has seen so many values of each metric since waking, so that a night is not judged by the day before."
+        return self.monitor is not None and self.monitor.total_samples - self.samples >= values * max(1, len(self.monitor.metrics))
+
+# %% ../../nbs/sleep/triggers.ipynb #b6e342ba
 COSTS = ("bits_per_byte", "perplexity", "loss", "inference_time")  # metrics in which more is worse
 
 def degradation(
@@ -56,7 +65,7 @@ def memory_used(session: Session | None, threshold: float) -> float:
 QUESTIONS: dict[SleepTrigger, Callable[[Waking, float], bool]] = {
     SleepTrigger.DRIFT_DETECTED: lambda w, t: w.count("drift") >= t,
     SleepTrigger.ANOMALY_DETECTED: lambda w, t: w.count("anomaly") >= t,
-    SleepTrigger.PERFORMANCE_DEGRADATION: lambda w, t: w.monitor is not None and degradation(w.monitor) > t,
+    SleepTrigger.PERFORMANCE_DEGRADATION: lambda w, t: w.fresh() and w.monitor is not None and degradation(w.monitor) > t,
     SleepTrigger.MEMORY_PRESSURE: lambda w, t: memory_used(w.session, t) > t,
     SleepTrigger.SCHEDULED: lambda w, t: time.monotonic() - w.woke >= t,
     SleepTrigger.IDLE_TIMEOUT: lambda w, t: time.monotonic() - w.active >= t,
@@ -71,7 +80,7 @@ def check_threshold(
         raise TypeError(f"trigger must be a SleepTrigger, got {trigger!r}")
     if trigger not in QUESTIONS:
         raise ValueError(f"trigger {trigger.value!r} is a person's decision and has no threshold")
-    if not isinstance(threshold, (int, float)) or not threshold > 0 or threshold == float("inf"):
+    if isinstance(threshold, bool) or not isinstance(threshold, (int, float)) or not threshold > 0 or threshold == float("inf"):
         raise ValueError(f"threshold of {trigger.value} must be a finite number above 0, got {threshold!r}")
     return float(threshold)
 

@@ -22,7 +22,7 @@ from ..reference.corpus import load_corpus
 from ..sleep.adapter import HuggingFaceModelAdapter
 from ..sleep.modes import SleepMode, SleepTrigger
 
-# %% ../../nbs/workbench/schedules.ipynb #364f7a8f
+# %% ../../nbs/workbench/schedules.ipynb #50945e11
 @dataclass(frozen=True)
 class Batch:
     "The next piece of the stream."
@@ -39,6 +39,8 @@ def shifting_stream(
     seed: int = 0,  # which documents come
 ) -> list[Batch]:
     "A stream that stays in each domain for `batches` batches. ValueError when a domain has too little text."
+    if batches < 1 or tokens < 1:
+        raise ValueError(f"batches and tokens must be 1 or more, got {batches} and {tokens}")
     need = batches * tokens
     stream: list[Batch] = []
     used: dict[str, int] = {}
@@ -55,11 +57,11 @@ def shifting_stream(
             raise ValueError(f"domains: {domain!r} has {len(ids)} test tokens, fewer than the {start + need} asked for")
         used[domain] = start + need
         for part in torch.tensor(ids[start : start + need]).split(tokens):
-            size = len(tokenizer.decode(part).encode())
+            size = len(tokenizer.decode(part, skip_special_tokens=True).encode())
             stream.append(Batch(len(stream), domain, part, size))
     return stream
 
-# %% ../../nbs/workbench/schedules.ipynb #1e8c30a7
+# %% ../../nbs/workbench/schedules.ipynb #d1a57f46
 class Schedule(ABC):
     "Decides after each batch whether the model sleeps."
     name: ClassVar[str]
@@ -102,6 +104,10 @@ class Every(Schedule):
     deep: int = 3  # each so many nights is a deep one as well
     name = "every"
 
+    def __post_init__(self) -> None:
+        if self.batches < 1 or self.deep < 1:
+            raise ValueError(f"every and deep_every must be 1 or more, got {self.batches} and {self.deep}")
+
     def after(self, adapter: HuggingFaceModelAdapter, batch: Batch) -> None:
         "A night when it is time."
         night, rest = divmod(batch.index + 1, self.batches)
@@ -122,7 +128,7 @@ class OnTrigger(Schedule):
             if adapter.controller.sleep_if_triggered() is None:
                 return
 
-# %% ../../nbs/workbench/schedules.ipynb #4c2893b4
+# %% ../../nbs/workbench/schedules.ipynb #3aaadecf
 def serve(
     adapter: HuggingFaceModelAdapter,  # an adapter with a model
     stream: Sequence[Batch],  # from `shifting_stream`
@@ -157,6 +163,8 @@ def serve(
                 "schedule": schedule.name,
                 "batch": batch.index,
                 "domain": batch.domain,
+                "bits": nats * len(batch.ids) / math.log(2),
+                "bytes": batch.size,
                 "bits_per_byte": nats * len(batch.ids) / math.log(2) / batch.size,
                 "perplexity": math.exp(min(nats, 700.0)),
                 "position": session.position,

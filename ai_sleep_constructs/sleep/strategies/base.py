@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SleepContext', 'StrategyReport', 'Strategy', 'register', 'registered_strategies', 'get_strategy', 'run_transaction']
 
-# %% ../../../nbs/sleep/strategies/base.ipynb #cd4b4ff0
+# %% ../../../nbs/sleep/strategies/base.ipynb #4b73a3a5
 import dataclasses
 import difflib
 import logging
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ..guard import GuardSet
 from ..modes import OptimizationStrategy, SleepMode
 from ..session import Session
-from ..snapshot import Restorable
+from ..snapshot import Restorable, Snapshots
 from ..state import LMModelState
 
 # %% ../../../nbs/sleep/strategies/base.ipynb #623faa7d
@@ -71,7 +71,7 @@ class StrategyReport:
         "A record for JSON or a table."
         return {**dataclasses.asdict(self), "regression": self.regression}
 
-# %% ../../../nbs/sleep/strategies/base.ipynb #52ea78ee
+# %% ../../../nbs/sleep/strategies/base.ipynb #07306ffe
 _REGISTRY: dict[OptimizationStrategy | str, "type[Strategy]"] = {}
 
 @dataclass
@@ -83,8 +83,9 @@ class Strategy(ABC):
     modes: ClassVar[frozenset[SleepMode]]  # the sleep modes it belongs to
 
     def __post_init__(self) -> None:
-        if not (isinstance(self.max_regression, (int, float)) and self.max_regression >= 0):
-            raise ValueError(f"max_regression must be a number of 0 or more, got {self.max_regression!r}")
+        limit = self.max_regression
+        if isinstance(limit, bool) or not isinstance(limit, (int, float)) or not 0 <= limit < math.inf:
+            raise ValueError(f"max_regression must be a finite number of 0 or more, got {limit!r}")
 
     @classmethod
     def label(cls) -> str:
@@ -152,7 +153,7 @@ def get_strategy(
     hint = f" (did you mean {close[0]!r}?)" if close else ""
     raise ValueError(f"unknown strategy {text!r}{hint}; known: {', '.join(sorted(known))}")
 
-# %% ../../../nbs/sleep/strategies/base.ipynb #f3caebdc
+# %% ../../../nbs/sleep/strategies/base.ipynb #118aaacd
 _log = logging.getLogger(__name__)
 
 def run_transaction(
@@ -178,23 +179,23 @@ def run_transaction(
     return report
 
 def _attempt(strategy: Strategy, context: SleepContext, report: StrategyReport) -> None:
-    report.bits_before = strategy.guard_bits(context, applied=False)
-    saved = strategy.snapshot(context)
+    saved: Restorable = Snapshots()
     try:
+        report.bits_before = strategy.guard_bits(context, applied=False)
+        saved = strategy.snapshot(context)
         report.details = strategy.apply(context)
         report.bits_after = strategy.guard_bits(context, applied=True)
+        regression = report.regression
+        if regression is None or regression <= strategy.max_regression:
+            report.status = "committed"
+            return
+        saved.restore()
+        report.status = "rolled_back"
+        report.message = f"bits per byte would have grown by {regression:.1%}, more than {strategy.max_regression:.1%}"
     except Exception as error:
         saved.restore()
         report.status, report.message = "failed", f"{type(error).__name__}: {error}"
         _log.warning("%s failed and was undone", report.strategy, exc_info=True)
-        return
     except BaseException:
         saved.restore()
         raise
-    regression = report.regression
-    if regression is not None and not regression <= strategy.max_regression:
-        saved.restore()
-        report.status = "rolled_back"
-        report.message = f"bits per byte would have grown by {regression:.1%}, more than {strategy.max_regression:.1%}"
-    else:
-        report.status = "committed"

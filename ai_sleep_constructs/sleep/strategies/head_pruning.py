@@ -99,7 +99,7 @@ def choose_groups(
             allowance -= value
     return {layer: sorted(groups) for layer, groups in sorted(chosen.items())}
 
-# %% ../../../nbs/sleep/strategies/head_pruning.ipynb #4a4989a5
+# %% ../../../nbs/sleep/strategies/head_pruning.ipynb #3f9486c2
 def touched_modules(block: AttentionBlock) -> list[nn.Module]:
     "The modules of `block` that `prune_groups` changes."
     m: Any = block.module
@@ -109,7 +109,7 @@ def check_prunable(block: AttentionBlock) -> None:
     "Raise TypeError when a projection of `block` is quantised, because packed weights cannot be cut."
     module: Any
     for module in touched_modules(block)[1:]:
-        if not module.weight.is_floating_point():
+        if not module.weight.is_floating_point() or hasattr(module.weight, "quant_state"):
             raise TypeError(
                 f"{block.name}: {type(module).__name__} holds {module.weight.dtype} weights; heads can only be cut out "
                 "of floating-point weights, so prune before quantising"
@@ -152,7 +152,7 @@ def _cut(module: Any, index: Tensor, dim: int) -> None:
             cut = parameter.index_select(dim if name == "weight" else 0, at).clone()
             setattr(module, name, nn.Parameter(cut, requires_grad=parameter.requires_grad))
 
-# %% ../../../nbs/sleep/strategies/head_pruning.ipynb #c68cd4d3
+# %% ../../../nbs/sleep/strategies/head_pruning.ipynb #a449472c
 @register
 @dataclass
 class AttentionHeadPruning(Strategy):
@@ -173,6 +173,19 @@ class AttentionHeadPruning(Strategy):
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1:
                 raise ValueError(f"{option} must be a number in [0, 1), got {value!r}")
 
+    def ready(self, context: SleepContext) -> str:
+        "There must be calibration text and a model whose heads can be found and cut."
+        if reason := super().ready(context):
+            return reason
+        if context.calibration is None:
+            return "no calibration text is bound"
+        try:
+            for block in attention_blocks(context.need("model")):
+                check_prunable(block)
+        except (TypeError, ValueError) as error:
+            return str(error)
+        return ""
+
     def snapshot(self, context: SleepContext) -> Snapshots:
         "The attention modules, the session's cache and the record of pruned heads."
         modules = [m for block in attention_blocks(context.need("model")) for m in touched_modules(block)]
@@ -186,10 +199,12 @@ class AttentionHeadPruning(Strategy):
         "Measure importance on the calibration text, cut, and return what was removed."
         model, calibration = context.need("model", "calibration")
         blocks = attention_blocks(model)
-        for block in blocks:
-            check_prunable(block)
         before = sum(p.numel() for p in model.parameters())
         importance = head_importance(model, calibration, enough=lambda: context.remaining <= 0)
+        if context.remaining <= 0:  # an estimate from part of the text would prune other heads on a slower machine
+            return {"pruned": {}, "stopped": "the sleep's duration was used up while importance was measured"}
+        if not all(v.isfinite().all() for v in importance):
+            raise ValueError("the importance of some heads is not finite, so none can be chosen")
         chosen = choose_groups(importance, self.pruning_fraction, self.pruning_threshold)
         pruned: dict[str, list[int]] = {}
         for layer, groups in chosen.items():

@@ -76,7 +76,7 @@ def evict(
         "bytes_after": cache_nbytes(cache),
     }
 
-# %% ../../../nbs/sleep/strategies/kv_cache.ipynb #705f2c1c
+# %% ../../../nbs/sleep/strategies/kv_cache.ipynb #d4db879c
 @register
 @dataclass
 class KVCacheManagement(Strategy):
@@ -98,7 +98,7 @@ class KVCacheManagement(Strategy):
             raise ValueError(f"kv_cache_retention must be a float in (0, 1] or an int of 1 or more, got {kept!r}")
         if self.kv_cache_policy not in POLICIES:
             raise ValueError(f"kv_cache_policy must be one of {', '.join(POLICIES)}, got {self.kv_cache_policy!r}")
-        if not isinstance(self.kv_cache_sinks, int) or self.kv_cache_sinks < 0:
+        if type(self.kv_cache_sinks) is not int or self.kv_cache_sinks < 0:
             raise ValueError(f"kv_cache_sinks must be an int of 0 or more, got {self.kv_cache_sinks!r}")
 
     def ready(self, context: SleepContext) -> str:

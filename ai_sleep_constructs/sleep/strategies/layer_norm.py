@@ -18,12 +18,12 @@ from ..modes import OptimizationStrategy, SleepMode
 from ..snapshot import AttributeSnapshot, ModuleSnapshot, Snapshots
 from .base import SleepContext, Strategy, register
 
-# %% ../../../nbs/sleep/strategies/layer_norm.ipynb #38953759
+# %% ../../../nbs/sleep/strategies/layer_norm.ipynb #67d61154
 @torch.no_grad()
 def last_hidden_states(
     model: Any,  # a causal language model of `transformers`
     sequences: Tensor,  # int64 of shape [N, T]
-    batch_size: int = 8,  # sequences a forward pass
+    batch_size: int = 4,  # sequences a forward pass; the same as in the fit, whose rounding is then the same
 ) -> Tensor:
     "What `model` hands to its output embedding for each token: shape [N, T, width], the model's dtype and device."
     training = model.training
@@ -34,7 +34,7 @@ def last_hidden_states(
     finally:
         model.train(training)
 
-# %% ../../../nbs/sleep/strategies/layer_norm.ipynb #e79e5b42
+# %% ../../../nbs/sleep/strategies/layer_norm.ipynb #ca4d9406
 def fit_norms(
     model: Any,  # a causal language model of `transformers`; its norms are changed in place
     sequences: Tensor,  # text to fit on, int64 of shape [N, T]
@@ -49,7 +49,7 @@ def fit_norms(
 
     The loss is the Kullback-Leibler divergence from the teacher, or the cross-entropy of the text. Both ends are
     measured on the same text with the same code, so they can be compared. When the teacher and the model agree
-    already (divergence under 1e-6) nothing is done.
+    already (divergence under 1e-6), or the fit has not lowered the loss, nothing is changed.
     """
     device = next(model.parameters()).device
     sequences = sequences.to(device)
@@ -91,12 +91,16 @@ def fit_norms(
         after = mean_loss()
     finally:
         model.train(training)
+    if not after < before:
+        return {"steps": 0, "loss_before": before, "loss_after": before}
     with torch.no_grad():
         for name, parameter in norm_parameters(model).items():
             parameter.copy_(master[name])
     return {"steps": done, "loss_before": before, "loss_after": after}
 
-# %% ../../../nbs/sleep/strategies/layer_norm.ipynb #28a0a37a
+# %% ../../../nbs/sleep/strategies/layer_norm.ipynb #854cd2c0
+_SCALED = ("final_logit_softcapping", "logits_scaling", "logit_scale")  # settings with which logits are not head(hidden)
+
 @register
 @dataclass
 class LayerNormRecalibration(Strategy):
@@ -113,9 +117,9 @@ class LayerNormRecalibration(Strategy):
         super().__post_init__()
         if self.recalibration_objective not in ("distil", "text"):
             raise ValueError(f"recalibration_objective must be distil or text, got {self.recalibration_objective!r}")
-        if not isinstance(self.recalibration_steps, int) or self.recalibration_steps < 1:
+        if type(self.recalibration_steps) is not int or self.recalibration_steps < 1:
             raise ValueError(f"recalibration_steps must be an int of 1 or more, got {self.recalibration_steps!r}")
-        if not 0 < self.recalibration_rate <= 1:
+        if isinstance(self.recalibration_rate, bool) or not 0 < self.recalibration_rate <= 1:
             raise ValueError(f"recalibration_rate must be in (0, 1], got {self.recalibration_rate!r}")
 
     def ready(self, context: SleepContext) -> str:
@@ -123,6 +127,9 @@ class LayerNormRecalibration(Strategy):
         if reason := super().ready(context):
             return reason
         if self.recalibration_objective == "distil":
+            scaled = [k for k in _SCALED if getattr(getattr(context.model, "config", None), k, None) is not None]
+            if scaled:
+                return f"the model changes its logits after the output embedding ({scaled[0]}); use the objective text"
             return "" if context.calibration is not None else "no calibration text is bound"
         return "" if self._day(context) is not None else "the session has served too little to fit to"
 
