@@ -215,7 +215,7 @@ def test_training_json_is_about_these_files_and_this_recipe(folder: str) -> None
     record = json.loads((place / "training.json").read_text())
     assert record["files"] == {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in place.iterdir() if file.name != "training.json"}
     assert record["config"] == json.loads(json.dumps(asdict(PRESETS[folder])))
-    assert record["evaluation"]["test"]["ratio_to_xz"] < 1
+    assert record["evaluation"]["test"]["ratio_to_xz"] < {"mistral": 0.75, "gpt2": 1}[folder]
     assert sum(tensor.numel() for tensor in load_file(place / "model.safetensors").values()) == record["parameters"]
     assert sum(file.stat().st_size for file in place.iterdir()) < 24_000_000
 

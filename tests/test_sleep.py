@@ -201,7 +201,7 @@ def test_head_pruning_removes_weights_and_beats_random(night):
 
 
 def test_layer_norm_recalibration_recovers_part_of_what_pruning_cost(night):
-    recalibration = LayerNormRecalibration(recalibration_steps=12)
+    recalibration = LayerNormRecalibration()
     recalibration.before_night(night)
     pruning = run_transaction(AttentionHeadPruning(pruning_fraction=0.35, max_regression=10.0), night)
     others = {n: p.detach().clone() for n, p in night.model.named_parameters() if n not in norm_parameters(night.model)}

@@ -17,7 +17,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, MistralConfig, MistralForC
 from .corpus import Corpus, is_test_suite
 from .muon import Muon
 
-# %% ../../nbs/reference/recipe.ipynb #63ba572b
+# %% ../../nbs/reference/recipe.ipynb #04af34b5
 @dataclass(frozen=True)
 class TrainingConfig:
     "What a training run computes. Raises ValueError for values that cannot be trained."
@@ -65,7 +65,7 @@ class TrainingConfig:
 
 MISTRAL = TrainingConfig(steps=1050)
 GPT2 = TrainingConfig(architecture="gpt2", hidden_size=192, intermediate_size=768, layers=4, heads=6, kv_heads=6, positions=512,
-                      contexts=((0.0, 256), (0.5, 512)), steps=400)
+                      contexts=((0.0, 256), (0.5, 512)), steps=300)
 PRESETS = {"mistral": MISTRAL, "gpt2": GPT2}
 
 # %% ../../nbs/reference/recipe.ipynb #04a08bbd

@@ -34,13 +34,13 @@ def last_hidden_states(
     finally:
         model.train(training)
 
-# %% ../../../nbs/sleep/strategies/layer_norm.ipynb #ca4d9406
+# %% ../../../nbs/sleep/strategies/layer_norm.ipynb #d9a875b7
 def fit_norms(
     model: Any,  # a causal language model of `transformers`; its norms are changed in place
     sequences: Tensor,  # text to fit on, int64 of shape [N, T]
     teacher: Tensor | None = None,  # the teacher's `last_hidden_states` of `sequences`; None fits to the text itself
-    steps: int = 16,  # optimizer steps at most
-    learning_rate: float = 3e-3,  # Adam's, on float32 copies, decaying linearly to zero
+    steps: int = 24,  # optimizer steps at most
+    learning_rate: float = 1e-2,  # Adam's, on float32 copies, decaying linearly to zero
     batch_size: int = 4,  # sequences a step
     remaining: Any = None,  # a function returning seconds left; the fit stops when it returns 0 or less
 ) -> dict[str, Any]:
@@ -98,7 +98,7 @@ def fit_norms(
             parameter.copy_(master[name])
     return {"steps": done, "loss_before": before, "loss_after": after}
 
-# %% ../../../nbs/sleep/strategies/layer_norm.ipynb #854cd2c0
+# %% ../../../nbs/sleep/strategies/layer_norm.ipynb #f949573b
 _SCALED = ("final_logit_softcapping", "logits_scaling", "logit_scale")  # settings with which logits are not head(hidden)
 
 @register
@@ -107,8 +107,8 @@ class LayerNormRecalibration(Strategy):
     "Refit the gains and biases of all norms."
     max_regression: float = 0.02
     recalibration_objective: str = "distil"  # distil: back to the model of nightfall; text: towards the day's text
-    recalibration_steps: int = 16  # optimizer steps at most
-    recalibration_rate: float = 3e-3  # learning rate at the start
+    recalibration_steps: int = 24  # optimizer steps at most
+    recalibration_rate: float = 1e-2  # learning rate at the start
 
     name = OptimizationStrategy.LAYER_NORM_RECALIBRATION
     modes = frozenset({SleepMode.DEEP_SLEEP})
