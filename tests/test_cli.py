@@ -119,7 +119,9 @@ def test_failed_runs_say_why_and_leave_no_result(toy: Path, tmp_path: Path) -> N
 
 
 def test_an_interruption_ends_the_kernel_and_keeps_no_result(toy: Path, tmp_path: Path) -> None:
-    process = start("run", toy, "-p", "fault", "sleep", "--output", tmp_path, "--debug", start_new_session=True)
+    # A test run in the background (nohup, `&` in a script) ignores SIGINT, and so would this process: like a terminal, do not.
+    listening = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL), "start_new_session": True}
+    process = start("run", toy, "-p", "fault", "sleep", "--output", tmp_path, "--debug", **listening)
     assert process.stderr is not None
     for line in process.stderr:
         if "cell 6" in line:
