@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SLEEPS', 'SEED_KEYWORDS', 'EVENTS', 'build_strategies', 'check_duration', 'AISleepController']
 
-# %% ../../nbs/sleep/controller.ipynb #d7c95a98
+# %% ../../nbs/sleep/controller.ipynb #f72519d3
 import dataclasses
 import difflib
 import logging
@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from .guard import GuardSet, sample_sequences
 from .modes import OptimizationStrategy, SleepMode, SleepTrigger
@@ -28,6 +29,7 @@ from .report import SleepReport, append_journal
 from .session import Session
 from .state import LMModelState
 from ai_sleep_constructs.sleep.strategies.base import (
+    Consolidatable,
     SleepContext,
     Strategy,
     StrategyReport,
@@ -71,7 +73,7 @@ def check_duration(duration: object) -> float:
         raise ValueError(f"duration must be a finite number of seconds above 0, got {duration!r}")
     return duration
 
-# %% ../../nbs/sleep/controller.ipynb #0fb8a3b2
+# %% ../../nbs/sleep/controller.ipynb #dd115859
 _log = logging.getLogger(__name__)
 
 class AISleepController:
@@ -104,6 +106,11 @@ class AISleepController:
         self.session: Session | None = None
         self.guard: GuardSet | None = None
         self.calibration: Tensor | None = None
+        self.optimizer: Optimizer | None = None
+        self.scheduler: Any = None
+        self.day: Tensor | None = None
+        self.stores: dict[str, Consolidatable] = {}
+        self.health: Any = None
         self.waking = Waking(self.performance_monitor)
         self._seconds = dict.fromkeys((SleepMode.AWAKE, *SLEEPS), 0.0)
         self._since = time.monotonic()
@@ -134,6 +141,11 @@ class AISleepController:
         session: Session | None = None,  # the session that serves, whose cache light sleep works on
         guard: GuardSet | Iterable[str] | None = None,  # the guard set, or held-out texts to make one from
         calibration: Tensor | Iterable[str] | None = None,  # sequences, int64 [N, T], or texts to take them from
+        optimizer: Optimizer | None = None,  # the optimizer that trains the model
+        scheduler: Any = None,  # the scheduler of that optimizer
+        day: Tensor | None = None,  # what the model lived through, int64 [N, T]; by default what the session served
+        stores: dict[str, Consolidatable] | None = None,  # memories that deep sleep may consolidate, by name
+        health: Any = None,  # what the model is like when healthy; see `sleep.health`
         sequences: int = 16,  # guard sequences, and as many of calibration, when they are made here
         length: int = 256,  # tokens of each
         seed: int = 0,  # where in the texts they start
@@ -176,6 +188,8 @@ class AISleepController:
                 self.model_state.attention_heads, self.model_state.layer_norms = {}, {}
             self.model_state.bind(model)
         self.session, self.guard, self.calibration = session, guard, calibration
+        self.optimizer, self.scheduler, self.day, self.health = optimizer, scheduler, day, health
+        self.stores = dict(stores or {})
         self.waking.session = session
         return self
 
@@ -335,6 +349,11 @@ class AISleepController:
             self.guard,
             self.calibration,
             deadline=time.monotonic() + self.reports[-1].duration,
+            optimizer=self.optimizer,
+            scheduler=self.scheduler,
+            day=self.day,
+            stores=self.stores,
+            health=self.health,
         )
         strategies = build_strategies(mode, config)
         unready: dict[int, str] = {}
