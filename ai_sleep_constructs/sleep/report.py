@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['SleepReport', 'append_journal', 'read_journal']
 
-# %% ../../nbs/sleep/report.ipynb #5a298a84
+# %% ../../nbs/sleep/report.ipynb #6e3dc24a
+import dataclasses
 import html
 import json
 import os
@@ -19,7 +20,7 @@ import pandas as pd
 from .modes import SleepMode, SleepTrigger
 from .strategies.base import StrategyReport
 
-# %% ../../nbs/sleep/report.ipynb #838803aa
+# %% ../../nbs/sleep/report.ipynb #a1821413
 @dataclass(repr=False)
 class SleepReport:
     "One sleep cycle of one model."
@@ -45,11 +46,30 @@ class SleepReport:
             "strategies": [s.to_dict() for s in self.strategies],
         }
 
+    @classmethod
+    def from_dict(
+        cls,
+        record: dict[str, Any],  # from `to_dict`, such as a line of the journal
+    ) -> "SleepReport":
+        "The report that `to_dict` described. KeyError or ValueError when it is none."
+        names = {f.name for f in dataclasses.fields(StrategyReport)}
+        strategies = [StrategyReport(**{k: v for k, v in s.items() if k in names}) for s in record["strategies"]]
+        return cls(
+            record["model_id"], record["cycle"], SleepMode(record["mode"]), SleepTrigger(record["trigger"]),
+            record["duration"], datetime.fromisoformat(record["started"]), record["seconds"], strategies,
+        )
+
     def to_frame(self) -> pd.DataFrame:
-        "A row for each strategy; `bits_*` are bits per byte on the guard set, `regression` their relative growth."
-        columns = ["strategy", "status", "bits_before", "bits_after", "regression", "seconds", "message"]
-        frame = pd.DataFrame([s.to_dict() for s in self.strategies], columns=[*columns, "details"])
-        return frame[columns]
+        """
+        A row for each strategy.
+
+        `bits_*` are bits per byte on the guard set, `regression` their relative growth, `share` the part of the night's time
+        that the strategy took, `snapshot_bytes` the memory that its copy held.
+        """
+        columns = ["strategy", "status", "bits_before", "bits_after", "regression", "seconds", "snapshot_bytes", "message"]
+        frame = pd.DataFrame([s.to_dict() for s in self.strategies], columns=[*columns, "details"])[columns]
+        frame.insert(6, "share", frame["seconds"] / max(self.seconds, frame["seconds"].sum(), 1e-9))
+        return frame
 
     def __str__(self) -> str:
         done = ", ".join(f"{s.strategy}: {s.status}" for s in self.strategies) or "no strategy"

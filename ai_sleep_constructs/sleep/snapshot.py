@@ -62,7 +62,7 @@ class ModuleSnapshot:
             for key, value in plain.items():
                 setattr(module, key, value)
 
-# %% ../../nbs/sleep/snapshot.ipynb #82055478
+# %% ../../nbs/sleep/snapshot.ipynb #efa3ab43
 class CacheSnapshot:
     "The key and value tensors of a cache, by reference."
 
@@ -101,6 +101,11 @@ class Snapshots:
         *snapshots: Restorable,  # what to restore
     ):
         self._snapshots = snapshots
+
+    @property
+    def nbytes(self) -> int:
+        "Bytes held by the copies of those that count them."
+        return sum(getattr(snapshot, "nbytes", 0) for snapshot in self._snapshots)
 
     def restore(self) -> None:
         "Restore all of them."

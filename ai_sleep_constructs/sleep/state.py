@@ -34,7 +34,7 @@ class StateSnapshot:
     parameters_hash: str
     metadata: dict[str, Any] = field(default_factory=dict)
 
-# %% ../../nbs/sleep/state.ipynb #9676f1ba
+# %% ../../nbs/sleep/state.ipynb #8a1cf79a
 KIND = "LMModelState/1"
 RECORDS = ("kv_cache", "attention_heads", "layer_norms", "gradients", "semantic_memory")
 
@@ -191,12 +191,9 @@ class LMModelState:
             "metrics": {name: values[-1] for name, values in self.performance_metrics.items() if values},
         }
 
-    def save_state(self, filepath: str | Path) -> None:
-        """Writes everything but the bound model to one file, in one step; see `ai_sleep_constructs.sleep.archive`.
-
-        TypeError naming the entry if a value cannot be saved exactly (nothing is written), OSError if the file cannot be.
-        """
-        write_archive(filepath, {
+    def to_record(self) -> dict[str, Any]:
+        """Everything but the bound model, as values that `ai_sleep_constructs.sleep.archive` can write."""
+        return {
             "kind": KIND, "model_id": self.model_id, "current_mode": self.current_mode.value, "asleep": self._asleep,
             "options": {"track_history": self.track_history, "history_limit": self.history_limit,
                         "metrics_limit": self.metrics_limit, "hash_parameters": self.hash_parameters},
@@ -204,14 +201,13 @@ class LMModelState:
             "performance_metrics": {name: list(values) for name, values in self.performance_metrics.items()},
             "state_history": [vars(s) | {"sleep_mode": s.sleep_mode.value} for s in self.state_history],
             **{name: getattr(self, name) for name in RECORDS},
-        })
+        }
 
     @classmethod
-    def load_state(cls, filepath: str | Path) -> "LMModelState":
-        """The state that `save_state` wrote, without a model. OSError if there is no such file, ValueError if it is damaged."""
-        record = read_archive(filepath)
+    def from_record(cls, record: dict[str, Any]) -> "LMModelState":
+        """The state that `to_record` described, without a model. ValueError if it describes something else."""
         if record.get("kind") != KIND:
-            raise ValueError(f"{filepath} holds {record.get('kind')!r}, expected {KIND!r}")
+            raise ValueError(f"the record is of {record.get('kind')!r}, expected {KIND!r}")
         state = cls(record["model_id"], SleepMode(record["current_mode"]), **record["options"])
         state._asleep = record["asleep"]
         for name in (*RECORDS, "sleep_cycle_count", "last_transition_time"):
@@ -219,6 +215,21 @@ class LMModelState:
         state.performance_metrics = {n: deque(v, maxlen=state.metrics_limit) for n, v in record["performance_metrics"].items()}
         state.state_history = [StateSnapshot(**s | {"sleep_mode": SleepMode(s["sleep_mode"])}) for s in record["state_history"]]
         return state
+
+    def save_state(self, filepath: str | Path) -> None:
+        """Writes `to_record` to one file, in one step; see `ai_sleep_constructs.sleep.archive`.
+
+        TypeError naming the entry if a value cannot be saved exactly (nothing is written), OSError if the file cannot be.
+        """
+        write_archive(filepath, self.to_record())
+
+    @classmethod
+    def load_state(cls, filepath: str | Path) -> "LMModelState":
+        """The state that `save_state` wrote, without a model. OSError if there is no such file, ValueError if it is damaged."""
+        record = read_archive(filepath)
+        if record.get("kind") != KIND:
+            raise ValueError(f"{filepath} holds {record.get('kind')!r}, expected {KIND!r}")
+        return cls.from_record(record)
 
     def __repr__(self) -> str:
         return f"LMModelState({self.model_id!r}, {self.current_mode}, {self.sleep_cycle_count} sleep cycles)"

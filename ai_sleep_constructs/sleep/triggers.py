@@ -16,7 +16,7 @@ from .modes import SleepTrigger
 from .monitor import LMPerformanceMonitor
 from .session import Session
 
-# %% ../../nbs/sleep/triggers.ipynb #0627786b
+# %% ../../nbs/sleep/triggers.ipynb #d35aeaa8
 @dataclass
 class Waking:
     "What triggers look at: the time since the model woke and what was seen in it. Times are of `time.monotonic()`."
@@ -31,13 +31,23 @@ class Waking:
     def __post_init__(self) -> None:
         self.samples = 0 if self.monitor is None else self.monitor.total_samples
 
+    @property
+    def seen(self) -> int:
+        "Values that the monitor has seen since waking."
+        return 0 if self.monitor is None else self.monitor.total_samples - self.samples
+
+    @property
+    def seconds(self) -> float:
+        "Seconds since waking."
+        return time.monotonic() - self.woke
+
     def count(self, kind: str) -> int:
         "Alerts since waking whose type names `kind`."
         return sum(n for name, n in self.alerts.items() if kind in name)
 
     def fresh(self, values: int = 10) -> bool:
         "Whether the monitor has seen so many values of each metric since waking, so that a night is not judged by the day before."
-        return self.monitor is not None and self.monitor.total_samples - self.samples >= values * max(1, len(self.monitor.metrics))
+        return self.monitor is not None and self.seen >= values * max(1, len(self.monitor.metrics))
 
 # %% ../../nbs/sleep/triggers.ipynb #b6e342ba
 COSTS = ("bits_per_byte", "perplexity", "loss", "inference_time")  # metrics in which more is worse

@@ -71,7 +71,7 @@ class SleepContext:
         parts = tuple(getattr(self, name) for name in names)
         return parts if len(parts) > 1 else parts[0]
 
-# %% ../../../nbs/sleep/strategies/base.ipynb #a7433a8d
+# %% ../../../nbs/sleep/strategies/base.ipynb #f9202148
 @dataclass
 class StrategyReport:
     "What one strategy did in one night, in numbers."
@@ -80,6 +80,7 @@ class StrategyReport:
     bits_before: float | None = None  # bits per byte on the guard set before, None when not measured
     bits_after: float | None = None  # and after, also of a change that was then rolled back
     seconds: float = 0.0  # wall time, measuring included
+    snapshot_bytes: int = 0  # memory that the copy of what was touched held
     details: dict[str, Any] = field(default_factory=dict)  # what the strategy itself reports
     message: str = ""  # why it was rolled back, skipped or failed
 
@@ -177,7 +178,7 @@ def get_strategy(
     hint = f" (did you mean {close[0]!r}?)" if close else ""
     raise ValueError(f"unknown strategy {text!r}{hint}; known: {', '.join(sorted(known))}")
 
-# %% ../../../nbs/sleep/strategies/base.ipynb #118aaacd
+# %% ../../../nbs/sleep/strategies/base.ipynb #7a774af0
 _log = logging.getLogger(__name__)
 
 def run_transaction(
@@ -207,6 +208,7 @@ def _attempt(strategy: Strategy, context: SleepContext, report: StrategyReport) 
     try:
         report.bits_before = strategy.guard_bits(context, applied=False)
         saved = strategy.snapshot(context)
+        report.snapshot_bytes = getattr(saved, "nbytes", 0)
         report.details = strategy.apply(context)
         report.bits_after = strategy.guard_bits(context, applied=True)
         regression = report.regression
