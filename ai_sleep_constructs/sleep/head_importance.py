@@ -220,7 +220,7 @@ def _columns(block: AttentionBlock) -> Tensor:
     weight: Tensor = block.out.weight  # type: ignore[assignment]
     return (weight.T if block.fused else weight).detach().double().cpu()
 
-# %% ../../nbs/sleep/head_importance.ipynb #32d2c253
+# %% ../../nbs/sleep/head_importance.ipynb #6044a2ca
 @importance("magnitude")
 @torch.no_grad()
 def magnitude_importance(
@@ -239,7 +239,7 @@ def magnitude_importance(
         else:
             rows = [m.q_proj.weight, m.k_proj.weight, m.v_proj.weight]
         parts = [*(r.detach().double().cpu() for r in rows), _columns(block).T]
-        found.append(sum(p.square().reshape(block.groups, -1).sum(1) for p in parts).sqrt())  # type: ignore[union-attr]
+        found.append(sum(p.square().reshape(block.groups, -1).sum(1) for p in parts).sqrt())
     return found
 
 
