@@ -6,7 +6,7 @@
 __all__ = ['SHIPPED', 'ModelNotFoundError', 'CheckpointError', 'LoadedModel', 'checkpoints_folder', 'file_sha256',
            'verify_checkpoint', 'no_progress_bars', 'load_model']
 
-# %% ../../nbs/reference/loading.ipynb #7942467c
+# %% ../../nbs/reference/loading.ipynb #22be71a9
 import hashlib
 import importlib.util
 import json
@@ -25,6 +25,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from transformers.utils import logging as transformers_logging
 
 import ai_sleep_constructs
+from .pruned import pruned_class, read_manifest
 
 # %% ../../nbs/reference/loading.ipynb #997415d2
 class ModelNotFoundError(OSError):
@@ -198,7 +199,7 @@ def no_progress_bars() -> Iterator[None]:
         if shown:
             transformers_logging.enable_progress_bar()
 
-# %% ../../nbs/reference/loading.ipynb #686fd482
+# %% ../../nbs/reference/loading.ipynb #a4fa2b39
 def load_model(
     name_or_path: str | Path = "reference",  # "reference", "reference-gpt2", a checkpoint folder, or a hub id
     *,
@@ -209,6 +210,7 @@ def load_model(
     """A causal language model in eval mode, and its tokenizer.
 
     A name is looked for in this order: the package's models, a local folder, the Hugging Face hub. Only safetensors weights are read.
+    A folder with a manifest of pruned heads (`ai_sleep_constructs.reference.pruned`) gives the pruned model.
     Raises ValueError for a bad argument, ModelNotFoundError for a name that is nowhere, CheckpointError for a checkpoint that
     is incomplete or damaged, ImportError if quantization is asked for without bitsandbytes.
     """
@@ -221,9 +223,14 @@ def load_model(
         options |= {"quantization_config": config, "device_map": {"": chosen}}
     place, local = _locate(str(name_or_path))
     try:
+        layers = read_manifest(Path(place)) if Path(place).is_dir() else None
+    except ValueError as error:
+        raise CheckpointError(str(error)) from error
+    try:
         with no_progress_bars() if local else nullcontext():
             tokenizer = AutoTokenizer.from_pretrained(place, local_files_only=local)
-            model, report = AutoModelForCausalLM.from_pretrained(
+            kind_of_model = AutoModelForCausalLM if layers is None else pruned_class(Path(place), layers)
+            model, report = kind_of_model.from_pretrained(
                 place, local_files_only=local, output_loading_info=True, **options)
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         raise CheckpointError(f"{place} cannot be loaded as a causal language model: {type(error).__name__}: {error}") from error
