@@ -45,7 +45,7 @@ def last_hidden_states(
     finally:
         model.train(training)
 
-# %% ../../../nbs/sleep/strategies/layer_norm.ipynb #000b608c
+# %% ../../../nbs/sleep/strategies/layer_norm.ipynb #5080fddb
 def fit_norms(
     model: Any,  # a causal language model of `transformers`; its norms are changed in place
     sequences: Tensor,  # text to fit on, int64 of shape [N, T]
@@ -60,8 +60,8 @@ def fit_norms(
     Fit gains and biases by Adam and return steps done and the loss in nats a token before and after.
 
     The loss is the Kullback-Leibler divergence from the teacher, or the cross-entropy of the text. Both ends are
-    measured on the same text (at most 16 sequences) with the same code, so they can be compared. When the teacher and the model agree
-    already (divergence under 1e-6), or the fit has not lowered the loss, nothing is changed.
+    measured on the same text (at most 16 sequences) with the same code, so they can be compared. When the teacher and
+    the model agree already (divergence under 1e-6), or the fit has not lowered the loss, nothing is changed.
     """
     device = next(model.parameters()).device
     sequences = sequences.to(device)
@@ -111,7 +111,7 @@ def fit_norms(
             parameter.copy_(master[name])
     return {"steps": done, "loss_before": before, "loss_after": after}
 
-# %% ../../../nbs/sleep/strategies/layer_norm.ipynb #a92b7b9e
+# %% ../../../nbs/sleep/strategies/layer_norm.ipynb #8b5c198e
 _SCALED = ("final_logit_softcapping", "logits_scaling", "logit_scale")  # settings with which logits are not head(hidden)
 
 @register
@@ -123,7 +123,7 @@ class LayerNormRecalibration(Strategy):
     recalibration_steps: int = 24  # optimizer steps at most
     recalibration_rate: float = 1e-2  # learning rate at the start
     recalibration_memory: float = 256.0  # MiB that the teacher's states may take
-    recalibration_teacher: str | None = None  # distil from this model instead, as `load_model` names it: the one before quantisation
+    recalibration_teacher: str | None = None  # distil from this model, as `load_model` names it: the one before quantisation
 
     name = OptimizationStrategy.LAYER_NORM_RECALIBRATION
     modes = frozenset({SleepMode.DEEP_SLEEP})
@@ -174,7 +174,8 @@ class LayerNormRecalibration(Strategy):
             head = model.get_output_embeddings().weight
             teacher = load_model(self.recalibration_teacher, dtype=head.dtype, device=head.device).model
             if not torch.equal(teacher.get_output_embeddings().weight, head):
-                raise ValueError(f"recalibration_teacher: {self.recalibration_teacher!r} has another output embedding than the model")
+                name = self.recalibration_teacher
+                raise ValueError(f"recalibration_teacher: {name!r} has another output embedding than the model")
         context.memo["teacher"] = last_hidden_states(teacher, calibration, memory=self.recalibration_memory)
 
     def snapshot(self, context: SleepContext) -> Snapshots:
