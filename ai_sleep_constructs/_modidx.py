@@ -930,4 +930,10 @@ d = { 'settings': { 'branch': 'main',
                                                          'ai_sleep_constructs.workbench.schedules.serve': ( 'workbench/schedules.html#serve',
                                                                                                             'ai_sleep_constructs/workbench/schedules.py'),
                                                          'ai_sleep_constructs.workbench.schedules.shifting_stream': ( 'workbench/schedules.html#shifting_stream',
-                                                                                                                      'ai_sleep_constructs/workbench/schedules.py')}}}
+                                                                                                                      'ai_sleep_constructs/workbench/schedules.py')},
+            'ai_sleep_constructs.workbench.small_models': { 'ai_sleep_constructs.workbench.small_models._llama_style': ( 'workbench/small_models.html#_llama_style',
+                                                                                                                         'ai_sleep_constructs/workbench/small_models.py'),
+                                                            'ai_sleep_constructs.workbench.small_models.small_model': ( 'workbench/small_models.html#small_model',
+                                                                                                                        'ai_sleep_constructs/workbench/small_models.py'),
+                                                            'ai_sleep_constructs.workbench.small_models.train_small': ( 'workbench/small_models.html#train_small',
+                                                                                                                        'ai_sleep_constructs/workbench/small_models.py')}}}

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['last_hidden_states', 'fit_norms', 'LayerNormRecalibration']
 
-# %% ../../../nbs/sleep/strategies/layer_norm.ipynb #6b9c9ed3
+# %% ../../../nbs/sleep/strategies/layer_norm.ipynb #422df227
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,19 +13,30 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from ...reference.loading import load_model
 from ..architecture import norm_modules, norm_parameters
 from ..modes import OptimizationStrategy, SleepMode
 from ..snapshot import AttributeSnapshot, ModuleSnapshot, Snapshots
 from .base import SleepContext, Strategy, register
 
-# %% ../../../nbs/sleep/strategies/layer_norm.ipynb #67d61154
+# %% ../../../nbs/sleep/strategies/layer_norm.ipynb #f3f98389
 @torch.no_grad()
 def last_hidden_states(
     model: Any,  # a causal language model of `transformers`
     sequences: Tensor,  # int64 of shape [N, T]
     batch_size: int = 4,  # sequences a forward pass; the same as in the fit, whose rounding is then the same
+    memory: float | None = None,  # MiB that the result may take; sequences at the end are left out
 ) -> Tensor:
-    "What `model` hands to its output embedding for each token: shape [N, T, width], the model's dtype and device."
+    """
+    What `model` hands to its output embedding for each token: shape [N, T, width], the model's dtype and device.
+
+    With `memory`, of as many sequences as fit; ValueError when not even one does.
+    """
+    if memory is not None:
+        size = sequences.shape[1] * model.config.hidden_size * model.get_output_embeddings().weight.element_size() / 2**20
+        if memory < size:
+            raise ValueError(f"memory must hold the states of one sequence, {size:.3g} MiB, got {memory!r}")
+        sequences = sequences[: int(memory / size)]
     training = model.training
     model.eval()
     try:
@@ -34,7 +45,7 @@ def last_hidden_states(
     finally:
         model.train(training)
 
-# %% ../../../nbs/sleep/strategies/layer_norm.ipynb #d9a875b7
+# %% ../../../nbs/sleep/strategies/layer_norm.ipynb #5080fddb
 def fit_norms(
     model: Any,  # a causal language model of `transformers`; its norms are changed in place
     sequences: Tensor,  # text to fit on, int64 of shape [N, T]
@@ -43,18 +54,20 @@ def fit_norms(
     learning_rate: float = 1e-2,  # Adam's, on float32 copies, decaying linearly to zero
     batch_size: int = 4,  # sequences a step
     remaining: Any = None,  # a function returning seconds left; the fit stops when it returns 0 or less
+    parameters: dict[str, nn.Parameter] | None = None,  # what is fitted, by qualified name; None: all gains and biases
 ) -> dict[str, Any]:
     """
     Fit gains and biases by Adam and return steps done and the loss in nats a token before and after.
 
     The loss is the Kullback-Leibler divergence from the teacher, or the cross-entropy of the text. Both ends are
-    measured on the same text with the same code, so they can be compared. When the teacher and the model agree
-    already (divergence under 1e-6), or the fit has not lowered the loss, nothing is changed.
+    measured on the same text (at most 16 sequences) with the same code, so they can be compared. When the teacher and
+    the model agree already (divergence under 1e-6), or the fit has not lowered the loss, nothing is changed.
     """
     device = next(model.parameters()).device
     sequences = sequences.to(device)
-    master = {name: p.detach().float().clone().requires_grad_() for name, p in norm_parameters(model).items()}
-    dtypes = {name: p.dtype for name, p in norm_parameters(model).items()}
+    fitted = norm_parameters(model) if parameters is None else parameters
+    master = {name: p.detach().float().clone().requires_grad_() for name, p in fitted.items()}
+    dtypes = {name: p.dtype for name, p in fitted.items()}
     head, training = model.get_output_embeddings(), model.training
 
     def loss(rows: Tensor) -> Tensor:
@@ -63,13 +76,13 @@ def fit_norms(
         if teacher is None:
             return nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), sequences[rows, 1:].flatten())
         with torch.no_grad():
-            target = head(teacher[rows]).float().log_softmax(-1)
+            target = head(teacher[rows].to(head.weight.dtype)).float().log_softmax(-1)
         return nn.functional.kl_div(logits.log_softmax(-1), target, reduction="none", log_target=True).sum(-1).mean()
 
     def mean_loss() -> float:
         with torch.no_grad():
-            parts = torch.arange(len(sequences), device=device).split(batch_size)
-            return sum(float(loss(rows)) * len(rows) for rows in parts) / len(sequences)
+            measured = torch.arange(min(len(sequences), 16), device=device)
+            return sum(float(loss(rows)) * len(rows) for rows in measured.split(batch_size)) / len(measured)
 
     model.eval()
     try:
@@ -94,11 +107,11 @@ def fit_norms(
     if not after < before:
         return {"steps": 0, "loss_before": before, "loss_after": before}
     with torch.no_grad():
-        for name, parameter in norm_parameters(model).items():
+        for name, parameter in fitted.items():
             parameter.copy_(master[name])
     return {"steps": done, "loss_before": before, "loss_after": after}
 
-# %% ../../../nbs/sleep/strategies/layer_norm.ipynb #f949573b
+# %% ../../../nbs/sleep/strategies/layer_norm.ipynb #8b5c198e
 _SCALED = ("final_logit_softcapping", "logits_scaling", "logit_scale")  # settings with which logits are not head(hidden)
 
 @register
@@ -109,6 +122,8 @@ class LayerNormRecalibration(Strategy):
     recalibration_objective: str = "distil"  # distil: back to the model of nightfall; text: towards the day's text
     recalibration_steps: int = 24  # optimizer steps at most
     recalibration_rate: float = 1e-2  # learning rate at the start
+    recalibration_memory: float = 256.0  # MiB that the teacher's states may take
+    recalibration_teacher: str | None = None  # distil from this model, as `load_model` names it: the one before quantisation
 
     name = OptimizationStrategy.LAYER_NORM_RECALIBRATION
     modes = frozenset({SleepMode.DEEP_SLEEP})
@@ -121,6 +136,12 @@ class LayerNormRecalibration(Strategy):
             raise ValueError(f"recalibration_steps must be an int of 1 or more, got {self.recalibration_steps!r}")
         if isinstance(self.recalibration_rate, bool) or not 0 < self.recalibration_rate <= 1:
             raise ValueError(f"recalibration_rate must be in (0, 1], got {self.recalibration_rate!r}")
+        if isinstance(self.recalibration_memory, bool) or not 0 < self.recalibration_memory < float("inf"):
+            raise ValueError(f"recalibration_memory must be a finite number of MiB above 0, got {self.recalibration_memory!r}")
+        if self.recalibration_teacher is not None and not str(self.recalibration_teacher).strip():
+            raise ValueError("recalibration_teacher must name a model or a folder, got an empty text")
+        if self.recalibration_teacher is not None and self.recalibration_objective != "distil":
+            raise ValueError("recalibration_teacher goes with recalibration_objective='distil' only")
 
     def ready(self, context: SleepContext) -> str:
         "There must be a model, and text of the kind that the objective asks for."
@@ -140,9 +161,22 @@ class LayerNormRecalibration(Strategy):
         return recent[-(len(recent) // length * length) :].view(-1, length) if len(recent) >= length else None
 
     def before_night(self, context: SleepContext) -> None:
-        "Keep what the model of nightfall says of the calibration text."
-        if self.recalibration_objective == "distil" and not self.ready(context):
-            context.memo["teacher"] = last_hidden_states(context.model, context.need("calibration"))
+        """
+        Keep what the teacher says of the calibration text: the model of nightfall, or the one that is named.
+
+        Raises ValueError when its states do not fit, or a named teacher has another output embedding than the model.
+        """
+        if self.recalibration_objective != "distil" or self.ready(context):
+            return
+        model, calibration = context.need("model", "calibration")
+        teacher = model
+        if self.recalibration_teacher is not None:
+            head = model.get_output_embeddings().weight
+            teacher = load_model(self.recalibration_teacher, dtype=head.dtype, device=head.device).model
+            if not torch.equal(teacher.get_output_embeddings().weight, head):
+                name = self.recalibration_teacher
+                raise ValueError(f"recalibration_teacher: {name!r} has another output embedding than the model")
+        context.memo["teacher"] = last_hidden_states(teacher, calibration, memory=self.recalibration_memory)
 
     def snapshot(self, context: SleepContext) -> Snapshots:
         "The norms and their record."
@@ -153,15 +187,10 @@ class LayerNormRecalibration(Strategy):
         "Fit, record the mean gain and bias of each norm, and return the loss before and after."
         model = context.need("model")
         distil = self.recalibration_objective == "distil"
-        text: Any = context.calibration if distil else self._day(context)
-        report = fit_norms(
-            model,
-            text,
-            context.memo["teacher"] if distil else None,
-            self.recalibration_steps,
-            self.recalibration_rate,
-            remaining=lambda: context.remaining,
-        )
+        teacher = context.memo["teacher"] if distil else None
+        text: Any = context.calibration[: len(context.memo["teacher"])] if distil else self._day(context)  # type: ignore[index]
+        steps, rate = self.recalibration_steps, self.recalibration_rate
+        report = fit_norms(model, text, teacher, steps, rate, remaining=lambda: context.remaining)
         module: Any
         for name, module in norm_modules(model).items():
             bias = getattr(module, "bias", None)
