@@ -378,7 +378,7 @@ def test_conversations_survive_a_change_of_version():
             said, cache = torch.cat([said, prompt, done.tokens]), done.cache
         assert torch.equal(talk.tokens, said) and talk.prefills == 1
         with pytest.raises(ValueError, match=r"0\.\.127"):
-            talk.generate(torch.tensor([-1]))
+            talk.generate(torch.tensor([-1]), 4)
         assert torch.equal(talk.tokens, said)
         service.sleep(mode=DEEP).result()
         answer = talk.generate(PROMPTS[3], 4, do_sample=False)
@@ -677,7 +677,7 @@ def test_an_ensemble_of_services_answers_all_night():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         with SleepCoordinator(services, min_awake=2) as coordinator:
-            futures = [coordinator.request_sleep(name) for name in coordinator.members]
+            futures = [coordinator.request_sleep(name, mode=DEEP) for name in coordinator.members]
             while not all(f.done() for f in futures):
                 name = coordinator.serving()[0]
                 answers.append((name, coordinator.members[name].generate(PROMPTS[0], 2, do_sample=False)))
