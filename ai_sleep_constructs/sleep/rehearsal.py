@@ -67,7 +67,7 @@ def dream(
         model.train(training)
     return torch.cat(done)[:sequences] if done else torch.empty(0, length, dtype=torch.long, device=device)
 
-# %% ../../nbs/sleep/rehearsal.ipynb #202cc3a1
+# %% ../../nbs/sleep/rehearsal.ipynb #006c1a3a
 def cross_entropy(logits: Tensor, ids: Tensor) -> Tensor:
     "Mean nats a token of `ids` [B, T] under `logits` [B, T, V]."
     return nn.functional.cross_entropy(logits[:, :-1].float().flatten(0, 1), ids[:, 1:].flatten())
@@ -95,8 +95,9 @@ class Rehearsal:
         strength: float,  # see `strength` of the class
         dreams: Callable[[int], Tensor],  # so many sequences of the teacher's own text, int64 of shape [n, T]
         stored: Tensor | None,  # text of old, int64 of shape [M, T]
+        needed: int,  # sequences that the steps have room to replay
     ):
-        self.teacher, self.weight, self.dreams, self.stored = teacher, strength, dreams, stored
+        self.teacher, self.weight, self.dreams, self.stored, self.needed = teacher, strength, dreams, stored, needed
         self.pool: Tensor | None = None  # sequences that are mixed into each step, int64 [M, T]
         self.teacher_tokens = 0  # tokens that the teacher has read
 
@@ -137,7 +138,7 @@ class Rehearsal:
 
 METHODS["naive"] = Rehearsal
 
-# %% ../../nbs/sleep/rehearsal.ipynb #5f6f2147
+# %% ../../nbs/sleep/rehearsal.ipynb #fd4c1bef
 class StoredReplay(Rehearsal):
     "Mix old text into each step (Robins 1995); `strength` weighs its loss against the day's."
 
@@ -165,7 +166,7 @@ class Replay(Rehearsal):
 
     def prepare(self, student: Any) -> None:
         "The pool is what the model dreams."
-        self.pool = self.dreams(48)
+        self.pool = self.dreams(min(64, self.needed))
 
     def loss(self, student: Any, new: Tensor, old: Tensor) -> Tensor:
         "Cross-entropy of the day, and divergence from the teacher on the dreams and, weaker, on the day."
@@ -174,7 +175,7 @@ class Replay(Rehearsal):
         loss = cross_entropy(logits[:n], new) + self.weight * self.hold * divergence(logits[:n], taught[:n])
         return loss + self.weight * divergence(logits[n:], taught[n:]) if len(old) else loss
 
-# %% ../../nbs/sleep/rehearsal.ipynb #3a56a27d
+# %% ../../nbs/sleep/rehearsal.ipynb #ad8ea35e
 class LearningWithoutForgetting(Rehearsal):
     "Keep what the old model says of the day's text (Li and Hoiem 2016); `strength` weighs that divergence."
 
@@ -192,7 +193,7 @@ class ElasticWeightConsolidation(Rehearsal):
     The diagonal is taken over the model's own samples, for which it is the true Fisher information and needs no old text.
     """
 
-    name, strength = "ewc", 1e3
+    name, strength = "ewc", 100.0
 
     def prepare(self, student: Any) -> None:
         "Mean of the squared gradients of each dream."
@@ -264,8 +265,9 @@ class LowRank(Rehearsal):
         "A copy with adapters; only they are trained."
         from peft import LoraConfig, get_peft_model
 
-        rank, names = int(self.weight), list(self._targets(self.teacher))
-        config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=names, task_type="CAUSAL_LM")
+        rank, targets = int(self.weight), self._targets(self.teacher)
+        transposed = any(isinstance(module, Conv1D) for module in targets.values())
+        config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=list(targets), fan_in_fan_out=transposed)
         return get_peft_model(copy.deepcopy(self.teacher).float(), config)
 
     def result(self, student: Any) -> dict[str, Tensor]:
@@ -291,7 +293,7 @@ def forgetting(
         own += float(torch.distributions.Categorical(logits=old).entropy().mean()) * len(rows)
     return apart / max(own, 1e-9)
 
-# %% ../../nbs/sleep/rehearsal.ipynb #7fd41054
+# %% ../../nbs/sleep/rehearsal.ipynb #5afbc5d5
 _WAYS = (1.0, 0.85, 0.7, 0.55, 0.4, 0.25, 0.15, 0.1, 0.05)  # shares of the way that are tried, the longest first
 
 def rehearse(
@@ -330,7 +332,8 @@ def rehearse(
         report["dreamt"] += found.numel()
         return found
 
-    plan = cls(model, strength, dreams, stored)
+    replayed = min(max(1, round(batch_size * ratio)), batch_size - 1)
+    plan = cls(model, strength, dreams, stored, steps * replayed)
     model.eval()
     try:
         probe = None if max_forgetting is None else dreams(8, 1)
@@ -340,7 +343,7 @@ def rehearse(
             torch.manual_seed(seed)
             student = plan.student().eval()
         plan.prepare(student)
-        _train(plan, student, day, report, steps, learning_rate, batch_size, ratio, seed, remaining)
+        _train(plan, student, day, report, steps, learning_rate, batch_size, replayed, seed, remaining)
         report["teacher_tokens"] = plan.teacher_tokens
         if report["steps"]:
             values, report["way"] = plan.result(student), 1.0
@@ -368,11 +371,11 @@ def _loss(model: Any, values: dict[str, Tensor], rows: Tensor) -> float:
 
 def _train(
     plan: Rehearsal, student: Any, day: Tensor, report: dict[str, Any], steps: int, learning_rate: float, batch_size: int,
-    ratio: float, seed: int, remaining: Callable[[], float] | None,
+    replayed: int, seed: int, remaining: Callable[[], float] | None,
 ) -> None:
     device, generator = next(student.parameters()).device, torch.Generator().manual_seed(seed)
     pool = plan.pool if plan.pool is not None and len(plan.pool) else None
-    replayed = 0 if pool is None else min(max(1, round(batch_size * ratio)), batch_size - 1)
+    replayed = 0 if pool is None else replayed
     weights, rise = [p for p in student.parameters() if p.requires_grad], max(1, steps // 10)
     optimizer = torch.optim.Adam(weights, lr=learning_rate, betas=(0.9, 0.95))
     rate = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: min((s + 1) / rise, (steps - s) / max(1, steps - rise)))
@@ -384,7 +387,7 @@ def _train(
         old = torch.stack([next(old_rows) for _ in range(replayed)]).to(device) if replayed else new[:0]
         loss = plan.loss(student, new, old)
         if not torch.isfinite(loss):
-            raise FloatingPointError(f"the loss of step {step} is {float(loss)}; a lower learning_rate may help")
+            raise FloatingPointError(f"the loss of step {step} is {float(loss.detach())}; a lower learning_rate may help")
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(weights, 1.0)
