@@ -190,18 +190,17 @@ def test_dreams_are_cut_from_chains_within_the_models_positions():
 
 
 def one_by_one(vectors, budget):
-    "The definition: the most similar pair merges, the one that speaks for more (then the earlier) stays."
-    unit = torch.nn.functional.normalize(vectors.float(), dim=1)
-    similarity = (unit @ unit.T * 2**16).round() / 2**16
-    counts, owner, alive = [1] * len(vectors), list(range(len(vectors))), list(range(len(vectors)))
-    while len(alive) > budget:
-        _, i, j = max((float(similarity[i, j]), -i, -j) for i in alive for j in alive if i < j)
-        i, j = -i, -j
-        winner, loser = (j, i) if counts[j] > counts[i] else (i, j)
-        counts[winner] += counts[loser]
-        owner = [winner if o == loser else o for o in owner]
-        alive.remove(loser)
-    return alive, [alive.index(o) for o in owner]
+    "The definition: the two clusters with the highest mean cosine over all their pairs merge; then the next two."
+    unit = torch.nn.functional.normalize(vectors.double(), dim=1)
+    cosine, clusters = unit @ unit.T, [[i] for i in range(len(vectors))]
+    while len(clusters) > budget:
+        _, a, b = max(
+            (float(cosine[clusters[a]][:, clusters[b]].mean()), a, b) for a in range(len(clusters)) for b in range(a)
+        )
+        clusters[b] += clusters.pop(a)
+    spokesman = {max(c, key=lambda i: float(unit[i] @ unit[c].mean(0))): c for c in clusters}
+    kept = sorted(spokesman)
+    return kept, [next(kept.index(s) for s, c in spokesman.items() if i in c) for i in range(len(vectors))]
 
 
 @pytest.mark.parametrize("seed", range(6))

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# %% ../../nbs/sleep/merging.ipynb #ff8eeeea
+# %% ../../nbs/sleep/merging.ipynb #b0e255dc
 _STEPS = 2.0**16  # similarities are rounded to this, so that a rounding error cannot order two equal ones both ways
 
 @dataclass(frozen=True)
@@ -30,13 +30,13 @@ class Merging:
         "How many entries nothing speaks for."
         return int((self.owner < 0).sum())
 
-def _neighbours(unit: Tensor, rows: Tensor, alive: Tensor, groups: Tensor | None, block: int) -> tuple[Tensor, Tensor]:
-    "For each of `rows` the most similar other living entry (the first of equals), and the similarity, -inf for none."
-    best, score = torch.empty_like(rows), torch.empty(len(rows), device=unit.device)
-    columns = unit[alive]
+def _neighbours(means: Tensor, rows: Tensor, alive: Tensor, groups: Tensor | None, block: int) -> tuple[Tensor, Tensor]:
+    "For each of `rows` the most similar other of `alive` (the first of equals), and the similarity, -inf for none."
+    best, score = torch.empty_like(rows), torch.empty(len(rows), device=means.device)
+    columns = means[alive]
     for start in range(0, len(rows), block):
         part = rows[start : start + block]
-        similarity = (unit[part] @ columns.T * _STEPS).round_() / _STEPS
+        similarity = (means[part] @ columns.T * _STEPS).round_() / _STEPS
         similarity[part[:, None] == alive[None]] = -math.inf
         if groups is not None:
             similarity[groups[part][:, None] != groups[alive][None]] = -math.inf
@@ -50,7 +50,7 @@ def merge_vectors(
     vectors: Tensor,  # what is compared by cosine, any float dtype, shape [N, D]
     budget: int,  # how many entries may stay
     *,
-    counts: Tensor | None = None,  # how much each entry speaks for already, shape [N]; ones by default
+    counts: Tensor | None = None,  # how much each entry speaks for already, above 0, shape [N]; ones by default
     groups: Tensor | None = None,  # only entries of the same group merge, int64 of shape [N]
     block: int = 1024,  # rows of similarities at once
 ) -> Merging:
@@ -58,8 +58,8 @@ def merge_vectors(
     Merge the most similar entries until `budget` of them are left, exactly; all stay when there are no more than that.
 
     Deterministic. When groups leave too little to merge, the entries that speak for the least, the oldest of them first,
-    are dropped. Time: a few times N * N * D multiplications; memory: `block` * N. ValueError for a bad shape, count or
-    budget, or for vectors that are not finite.
+    are dropped. Time: a few times N * N * D multiplications; memory: `block` * N and two copies of the vectors. ValueError
+    for a bad shape, count or budget, or for vectors that are not finite.
     """
     if vectors.ndim != 2 or not vectors.is_floating_point():
         raise ValueError(f"vectors must be floats of shape [N, D], got {vectors.dtype} {list(vectors.shape)}")
@@ -72,64 +72,62 @@ def merge_vectors(
             raise ValueError(f"{name} must have shape [{n}], one for each vector, got {list(column.shape)}")
     if not torch.isfinite(vectors).all():
         raise ValueError("vectors must be finite, got NaN or infinity")
-    excess = n - budget
-    into, lowest = torch.arange(n, device=device), math.nan
-    if excess > 0:
-        losers, winners, scores = _merges(vectors, excess, counts, groups, block)
-        order = torch.argsort(-scores, stable=True)[:excess]
+    everyone = torch.arange(n, device=device)
+    unit = torch.nn.functional.normalize(vectors.float(), dim=1)
+    weight = torch.ones(n, device=device) if counts is None else counts.to(unit)
+    into, lowest = everyone.clone(), math.nan
+    if n > budget:
+        losers, winners, scores = _merges(unit.clone(), weight.clone(), n - budget, groups, block)
+        order = torch.argsort(-scores, stable=True)[: n - budget]
         if len(order):
             into[losers[order]], lowest = winners[order], float(scores[order].min())
         while not torch.equal(into, into[into]):  # a winner may have merged later: follow it
             into = into[into]
-    spoken = torch.zeros(n, device=device).index_add_(0, into, torch.ones(n, device=device) if counts is None else counts.float())
-    kept = torch.nonzero(into == torch.arange(n, device=device))[:, 0]
+    spoken = torch.zeros(n, device=device).index_add_(0, into, weight)
+    means = torch.zeros_like(unit).index_add_(0, into, unit * weight[:, None])
+    nearness = ((unit * means[into]).sum(1) * _STEPS / spoken[into]).round()
+    centre = torch.full((n,), -math.inf, device=device).scatter_reduce(0, into, nearness, "amax")
+    first = torch.full((n,), n, device=device).scatter_reduce(0, into, torch.where(nearness == centre[into], everyone, n), "amin")
+    into = first[into]  # the entry nearest to the mean speaks for the others
+    kept = torch.nonzero(into == everyone)[:, 0]
     if len(kept) > budget:
-        kept = kept[torch.argsort(spoken[kept], stable=True)][len(kept) - budget :].sort().values
+        said = torch.zeros(n, device=device).index_add_(0, into, weight)[kept]
+        kept = kept[torch.argsort(said, stable=True)][len(kept) - budget :].sort().values
     place = torch.full((n,), -1, device=device)
     place[kept] = torch.arange(len(kept), device=device)
     return Merging(kept, place[into], lowest)
 
 def _merges(
-    vectors: Tensor, excess: int, counts: Tensor | None, groups: Tensor | None, block: int
+    means: Tensor, weight: Tensor, excess: int, groups: Tensor | None, block: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    "At least `excess` merges, if there are as many, among them the most similar ones: losers, winners, similarities."
-    n, device = len(vectors), vectors.device
-    unit = torch.nn.functional.normalize(vectors.float(), dim=1)
-    weight = torch.ones(n, device=device) if counts is None else counts.float().clone()
-    alive = torch.ones(n, dtype=torch.bool, device=device)
-    best, score = _neighbours(unit, torch.arange(n, device=device), torch.arange(n, device=device), groups, block)
-    found: list[tuple[Tensor, Tensor, Tensor]] = []
-    known = torch.empty(0, device=device)
+    "The `excess` most similar merges, if there are as many, and perhaps more: losers, winners, similarities."
+    n, device = len(means), means.device
+    everyone, alive = torch.arange(n, device=device), torch.ones(n, dtype=torch.bool, device=device)
+    best, score = _neighbours(means, everyone, everyone, groups, block)
+    losers, winners, known = everyone[:0], everyone[:0], means.new_empty(0)
     while True:
         cutoff = float(known.topk(excess).values[-1]) if len(known) >= excess else -math.inf
-        open_ = alive & (score > cutoff)  # what could still be among the most similar merges
-        first = torch.nonzero(open_ & (best[best] == torch.arange(n, device=device)))[:, 0]
-        first = first[first < best[first]]
-        if not len(first):
-            if not bool(open_.any()):
-                break
-            first = torch.where(open_, score, -math.inf).argmax()[None]  # a rounding error has ordered a ring of equals
-        second = best[first]
-        heavier = (weight[second] > weight[first]) | ((weight[second] == weight[first]) & (second < first))
-        winner, loser = torch.where(heavier, second, first), torch.where(heavier, first, second)
-        found.append((loser, winner, score[first]))
-        known = torch.cat([known, score[first]])
-        weight[winner] += weight[loser]
-        alive[loser] = False
-        left, rows = torch.nonzero(alive)[:, 0], torch.nonzero(alive & ~alive[best] & (score > cutoff))[:, 0]
-        if len(left) < 2:
-            break
-        best[rows], score[rows] = _neighbours(unit, rows, left, groups, block)
-    if not found:
-        none = torch.empty(0, dtype=torch.long, device=device)
-        return none, none, known
-    return torch.cat([f[0] for f in found]), torch.cat([f[1] for f in found]), known
+        candidates = alive & (score > cutoff)  # what could still be among the most similar merges
+        winner = torch.nonzero(candidates & (best[best] == everyone) & (everyone < best))[:, 0]
+        if not len(winner):
+            if not bool(candidates.any()):
+                return losers, winners, known
+            winner = torch.where(candidates, score, -math.inf).argmax()[None]  # rounding has ordered a ring of equals
+        loser = best[winner]
+        losers, winners, known = torch.cat([losers, loser]), torch.cat([winners, winner]), torch.cat([known, score[winner]])
+        both = weight[winner] + weight[loser]
+        means[winner] = (means[winner] * weight[winner, None] + means[loser] * weight[loser, None]) / both[:, None]
+        weight[winner], alive[loser] = both, False
+        changed = ~alive
+        changed[winner] = True
+        rows = torch.nonzero(alive & (changed | changed[best]) & (score > cutoff))[:, 0]
+        best[rows], score[rows] = _neighbours(means, rows, torch.nonzero(alive)[:, 0], groups, block)
 
-# %% ../../nbs/sleep/merging.ipynb #476c8566
+# %% ../../nbs/sleep/merging.ipynb #0607a7c9
 def text_vectors(
     texts: Sequence[str],  # the texts
     dims: int = 1024,  # dimensions that n-grams are hashed into
-    sizes: Iterable[int] = (3, 4, 5),  # bytes of an n-gram
+    sizes: Iterable[int] = (3,),  # bytes of an n-gram; longer ones lose sight of edited words
     rarity: Tensor | None = None,  # weights of the dimensions, shape [dims]; by default measured on `texts`
 ) -> Tensor:
     "Hashed n-gram vectors of unit length, float32 of shape [N, dims]; zero for a text without an n-gram."

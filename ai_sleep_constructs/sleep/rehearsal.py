@@ -67,7 +67,7 @@ def dream(
         model.train(training)
     return torch.cat(done)[:sequences] if done else torch.empty(0, length, dtype=torch.long, device=device)
 
-# %% ../../nbs/sleep/rehearsal.ipynb #006c1a3a
+# %% ../../nbs/sleep/rehearsal.ipynb #722e930d
 def cross_entropy(logits: Tensor, ids: Tensor) -> Tensor:
     "Mean nats a token of `ids` [B, T] under `logits` [B, T, V]."
     return nn.functional.cross_entropy(logits[:, :-1].float().flatten(0, 1), ids[:, 1:].flatten())
@@ -90,13 +90,9 @@ class Rehearsal:
         METHODS[cls.name] = cls
 
     def __init__(
-        self,
-        teacher: Any,  # the model as it was at nightfall
-        strength: float,  # see `strength` of the class
-        dreams: Callable[[int], Tensor],  # so many sequences of the teacher's own text, int64 of shape [n, T]
-        stored: Tensor | None,  # text of old, int64 of shape [M, T]
-        needed: int,  # sequences that the steps have room to replay
+        self, teacher: Any, strength: float, dreams: Callable[[int], Tensor], stored: Tensor | None, needed: int
     ):
+        "`dreams` gives so many sequences of the teacher's own text, `stored` is text of old; `needed` is how much is replayed."
         self.teacher, self.weight, self.dreams, self.stored, self.needed = teacher, strength, dreams, stored, needed
         self.pool: Tensor | None = None  # sequences that are mixed into each step, int64 [M, T]
         self.teacher_tokens = 0  # tokens that the teacher has read
@@ -175,7 +171,7 @@ class Replay(Rehearsal):
         loss = cross_entropy(logits[:n], new) + self.weight * self.hold * divergence(logits[:n], taught[:n])
         return loss + self.weight * divergence(logits[n:], taught[n:]) if len(old) else loss
 
-# %% ../../nbs/sleep/rehearsal.ipynb #ad8ea35e
+# %% ../../nbs/sleep/rehearsal.ipynb #13a74271
 class LearningWithoutForgetting(Rehearsal):
     "Keep what the old model says of the day's text (Li and Hoiem 2016); `strength` weighs that divergence."
 
@@ -209,12 +205,8 @@ class ElasticWeightConsolidation(Rehearsal):
         penalty = torch.stack([(fisher * (p - start).square()).sum() for p, start, fisher in self.held]).sum()
         return super().loss(student, new, old) + self.weight / 2 * penalty
 
-def between(
-    model: Any,  # where the way begins
-    values: dict[str, Tensor],  # weights by name: where it ends
-    way: float,  # the share of it to go
-) -> dict[str, Tensor]:
-    "The weights between those of `model` and `values`, in float32."
+def between(model: Any, values: dict[str, Tensor], way: float) -> dict[str, Tensor]:
+    "The weights, by name, at the share `way` from those of `model` to `values`; float32."
     old = dict(model.named_parameters())
     return {name: torch.lerp(old[name].detach().float(), value, way) for name, value in values.items()}
 
@@ -235,11 +227,7 @@ class WeightAverage(Rehearsal):
         return between(self.teacher, super().result(student), self.weight)
 
 class LowRank(Rehearsal):
-    """
-    Train low-rank adapters on the linear layers and merge them at the end (Hu et al. 2022), by the package `peft`.
-
-    `strength` is the rank, an integer.
-    """
+    "Train low-rank adapters on the linear layers, by `peft`, and merge them (Hu et al. 2022); `strength` is their rank."
 
     name, strength = "lora", 8.0
 
@@ -275,25 +263,23 @@ class LowRank(Rehearsal):
         merged = dict(student.merge_and_unload().named_parameters())
         return {f"{name}.weight": merged[f"{name}.weight"].detach() for name in self._targets(self.teacher)}
 
-# %% ../../nbs/sleep/rehearsal.ipynb #cfe35ec9
+# %% ../../nbs/sleep/rehearsal.ipynb #6b72e018
+def _logits(model: Any, values: dict[str, Tensor], rows: Tensor) -> Tensor:
+    "The logits of `rows` with `values` in the place of the model's weights."
+    cast = {name: value.to(model.get_parameter(name).dtype) for name, value in values.items()}
+    return functional_call(model, cast, (), {"input_ids": rows, "use_cache": False}).logits
+
 @torch.no_grad()
-def forgetting(
-    model: Any,  # the old model
-    values: dict[str, Tensor],  # the new weights, by name
-    probe: Tensor,  # text that the old model wrote, int64 of shape [N, T]
-) -> float:
-    "The relative growth of the loss on `probe` when `values` take the place of the old weights."
-    dtypes = {name: p.dtype for name, p in model.named_parameters()}
-    cast = {name: value.to(dtypes[name]) for name, value in values.items()}
+def forgetting(model: Any, values: dict[str, Tensor], probe: Tensor) -> float:
+    "The relative growth of the loss on `probe` [N, T], text that `model` wrote, when `values` replace its weights."
     apart = own = 0.0
     for rows in probe.split(4):
-        old = model(input_ids=rows, use_cache=False).logits.float()
-        new = functional_call(model, cast, (), {"input_ids": rows, "use_cache": False}).logits
-        apart += float(divergence(new, old)) * len(rows)
+        old = _logits(model, {}, rows).float()
+        apart += float(divergence(_logits(model, values, rows), old)) * len(rows)
         own += float(torch.distributions.Categorical(logits=old).entropy().mean()) * len(rows)
     return apart / max(own, 1e-9)
 
-# %% ../../nbs/sleep/rehearsal.ipynb #5afbc5d5
+# %% ../../nbs/sleep/rehearsal.ipynb #9654f599
 _WAYS = (1.0, 0.85, 0.7, 0.55, 0.4, 0.25, 0.15, 0.1, 0.05)  # shares of the way that are tried, the longest first
 
 def rehearse(
@@ -337,8 +323,9 @@ def rehearse(
     model.eval()
     try:
         probe = None if max_forgetting is None else dreams(8, 1)
-        sample = day[: 8].to(device)
-        report["loss_before"] = report["loss_after"] = _loss(model, {}, sample)
+        sample = day[:8].to(device)
+        with torch.no_grad():
+            report["loss_before"] = report["loss_after"] = float(cross_entropy(_logits(model, {}, sample), sample))
         with torch.random.fork_rng(devices=[]):  # adapters start at random
             torch.manual_seed(seed)
             student = plan.student().eval()
@@ -354,20 +341,13 @@ def rehearse(
                     report["way"], report["forgetting"] = way, forgetting(model, values, probe)
                     if report["forgetting"] <= max_forgetting:
                         break
-            report["loss_after"] = _loss(model, values, sample)
-            parameters = dict(model.named_parameters())
             with torch.no_grad():
+                report["loss_after"] = float(cross_entropy(_logits(model, values, sample), sample))
                 for name, value in values.items():
-                    parameters[name].copy_(value)
+                    model.get_parameter(name).copy_(value)
     finally:
         model.train(training)
     return report
-
-@torch.no_grad()
-def _loss(model: Any, values: dict[str, Tensor], rows: Tensor) -> float:
-    dtypes = {name: p.dtype for name, p in model.named_parameters()}
-    cast = {name: value.to(dtypes[name]) for name, value in values.items()}
-    return float(cross_entropy(functional_call(model, cast, (), {"input_ids": rows, "use_cache": False}).logits, rows))
 
 def _train(
     plan: Rehearsal, student: Any, day: Tensor, report: dict[str, Any], steps: int, learning_rate: float, batch_size: int,
@@ -411,9 +391,9 @@ def _checked(
         raise ValueError(f"steps must be an int of 1 or more, got {steps!r}")
     if type(batch_size) is not int or batch_size < 2:
         raise ValueError(f"batch_size must be an int of 2 or more, got {batch_size!r}")
-    for name, value, high in (("learning_rate", learning_rate, 1), ("ratio", ratio, 1)):
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < high:
-            raise ValueError(f"{name} must be a number between 0 and {high}, got {value!r}")
+    for name, value in (("learning_rate", learning_rate), ("ratio", ratio)):
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1:
+            raise ValueError(f"{name} must be a number between 0 and 1, got {value!r}")
     if limit is not None and (isinstance(limit, bool) or not isinstance(limit, (int, float)) or not 0 < limit < math.inf):
         raise ValueError(f"max_forgetting must be a finite number above 0 or None, got {limit!r}")
     return METHODS[method]

@@ -18,7 +18,7 @@ from ..snapshot import AttributeSnapshot, ModuleSnapshot, Restorable, Snapshots
 from ..state import LMModelState
 from .base import Consolidatable, SleepContext, Strategy, register
 
-# %% ../../../nbs/sleep/strategies/semantic_consolidation.ipynb #f1195c99
+# %% ../../../nbs/sleep/strategies/semantic_consolidation.ipynb #f5bd6a1c
 class StoreSnapshot:
     "A memory as it was, by its own protocol."
 
@@ -45,7 +45,7 @@ class SemanticConsolidation(Strategy):
     rehearsal_tokens: int = 128  # tokens of a sequence, where the day's text is cut out of what the session served
     rehearsal_ratio: float = 0.25  # share of each step that is replayed
     rehearsal_strength: float | None = None  # how strongly the method holds on to the old; None: its default
-    rehearsal_max_forgetting: float | None = 0.01  # largest relative growth of the loss on held-out dreams; None: any
+    rehearsal_max_forgetting: float | None = 0.015  # largest relative growth of the loss on held-out dreams; None: any
     rehearsal_seed: int = 0  # order of the text, and the dreams
 
     name = OptimizationStrategy.SEMANTIC_CONSOLIDATION
