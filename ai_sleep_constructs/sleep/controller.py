@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SLEEPS', 'SEED_KEYWORDS', 'EVENTS', 'build_strategies', 'check_duration', 'AISleepController']
 
-# %% ../../nbs/sleep/controller.ipynb #f72519d3
+# %% ../../nbs/sleep/controller.ipynb #7d6717eb
 import dataclasses
 import difflib
 import logging
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .guard import GuardSet, sample_sequences
+from .health import HealthBaseline
 from .modes import OptimizationStrategy, SleepMode, SleepTrigger
 from .monitor import LMPerformanceMonitor, PerformanceAlert
 from .report import SleepReport, append_journal
@@ -73,7 +74,7 @@ def check_duration(duration: object) -> float:
         raise ValueError(f"duration must be a finite number of seconds above 0, got {duration!r}")
     return duration
 
-# %% ../../nbs/sleep/controller.ipynb #dd115859
+# %% ../../nbs/sleep/controller.ipynb #e72a6072
 _log = logging.getLogger(__name__)
 
 class AISleepController:
@@ -356,6 +357,7 @@ class AISleepController:
             health=self.health,
         )
         strategies = build_strategies(mode, config)
+        doubted = self._doubted(mode)
         unready: dict[int, str] = {}
         for index, strategy in enumerate(strategies):
             if isinstance(strategy, Strategy):
@@ -372,8 +374,20 @@ class AISleepController:
             else:
                 done = StrategyReport(strategy, "unavailable", message="this version has no such strategy")
             self.reports[-1].strategies.append(done)
+            if done.strategy == OptimizationStrategy.SECURITY_PATCHING.value and done.status == "committed":
+                patched = {entry["where"] for entry in done.details["repaired"]}
+                self.security_patches_applied += len(done.details["repaired"])
+                doubted = None if doubted is None else doubted - patched
             for callback in self.sleep_callbacks["on_optimization_complete"]:
                 self._call("on_optimization_complete", callback, done.strategy)
+        if doubted is not None:  # what this night changed on purpose is healthy; what was odd before it stays so
+            self.health.refresh(self.model_state.model, keep=doubted)
+
+    def _doubted(self, mode: SleepMode) -> set[str] | None:
+        "What differs from the health baseline before a night that may change weights; None when nothing is compared."
+        model = self.model_state.model
+        watched = mode is SleepMode.DEEP_SLEEP and model is not None and isinstance(self.health, HealthBaseline)
+        return self.health.differing(model) if watched else None
 
     def _call(self, event: str, callback: Callable[..., Any], *args: Any) -> None:
         try:
