@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['EVENTS', 'KIND', 'AISleepController']
 
-# %% ../../nbs/sleep/controller.ipynb #bc5a8ca4
+# %% ../../nbs/sleep/controller.ipynb #b9bcc7b9
 import logging
 import time
 from collections import deque
@@ -18,6 +18,7 @@ from typing import Any
 from .archive import read_archive, write_archive
 from .binding import Binding
 from .configuration import SLEEPS, build_strategies, check_duration, configured, named_strategies
+from .health import HealthBaseline
 from .modes import OptimizationStrategy, SleepMode, SleepTrigger
 from .monitor import LMPerformanceMonitor, PerformanceAlert
 from .report import SleepReport, append_journal
@@ -26,7 +27,7 @@ from .strategies.base import SleepContext, Strategy, StrategyReport, run_transac
 from .transition_guards import Transition, refusal, transition_guards
 from .triggers import Waking, check_threshold, fired
 
-# %% ../../nbs/sleep/controller.ipynb #b27dadff
+# %% ../../nbs/sleep/controller.ipynb #ae81e5b2
 EVENTS = ("on_sleep_start", "on_sleep_end", "on_optimization_complete")
 KIND = "AISleepController"
 _log = logging.getLogger(__name__)
@@ -238,6 +239,7 @@ class AISleepController(Binding):
             stores=self.stores,
             health=self.health,
         )
+        doubted = self._doubted(mode)
         strategies = build_strategies(mode, config)
         unready: dict[int, str] = {}
         for index, strategy in enumerate(strategies):
@@ -257,8 +259,21 @@ class AISleepController(Binding):
             else:
                 done = StrategyReport(strategy, "unavailable", message="this version has no such strategy")
             self.reports[-1].strategies.append(done)
+            if done.strategy == OptimizationStrategy.SECURITY_PATCHING.value and done.status == "committed":
+                patched = {entry["where"] for entry in done.details["repaired"]}
+                self.security_patches_applied += len(done.details["repaired"])
+                doubted = None if doubted is None else doubted - patched
             for callback in self.sleep_callbacks["on_optimization_complete"]:
                 self._call("on_optimization_complete", callback, done.strategy)
+
+        if doubted is not None:  # what this night changed on purpose is healthy; what was odd before it stays so
+            self.health.refresh(self.model_state.model, keep=doubted)
+
+    def _doubted(self, mode: SleepMode) -> set[str] | None:
+        "What differs from the health baseline before a night that may change weights; None when nothing is compared."
+        model = self.model_state.model
+        watched = mode is SleepMode.DEEP_SLEEP and model is not None and isinstance(self.health, HealthBaseline)
+        return self.health.differing(model) if watched else None
 
     def _call(self, event: str, callback: Callable[..., Any], *args: Any) -> None:
         try:

@@ -71,7 +71,7 @@ class SleepContext:
         parts = tuple(getattr(self, name) for name in names)
         return parts if len(parts) > 1 else parts[0]
 
-# %% ../../../nbs/sleep/strategies/base.ipynb #f9202148
+# %% ../../../nbs/sleep/strategies/base.ipynb #3b6f47f2
 @dataclass
 class StrategyReport:
     "What one strategy did in one night, in numbers."
@@ -89,6 +89,8 @@ class StrategyReport:
         "Relative growth of bits per byte on the guard set; negative when the model got better."
         if self.bits_before is None or self.bits_after is None:
             return None
+        if math.isinf(self.bits_before):  # a model that was broken: it can only stay so or get better
+            return 0.0 if math.isinf(self.bits_after) else -1.0
         return self.bits_after / self.bits_before - 1
 
     def to_dict(self) -> dict[str, Any]:
