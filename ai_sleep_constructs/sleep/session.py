@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['check_evictable', 'cache_tokens', 'cache_nbytes', 'Session']
 
-# %% ../../nbs/sleep/session.ipynb #d3964330
-from collections.abc import Iterable
+# %% ../../nbs/sleep/session.ipynb #7d725fe6
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from transformers.cache_utils import DynamicLayer
 
 from .snapshot import CacheSnapshot
 
-# %% ../../nbs/sleep/session.ipynb #7f6f8393
+# %% ../../nbs/sleep/session.ipynb #777ca84e
 def check_evictable(
     cache: DynamicCache,  # the cache of a model that is serving
 ) -> None:
@@ -33,12 +33,11 @@ def cache_tokens(cache: DynamicCache) -> int:
     return max((layer.get_seq_length() for layer in cache.layers), default=0)
 
 def cache_nbytes(cache: DynamicCache) -> int:
-    "Bytes of all keys and values in `cache`."
-    return sum(
-        layer.keys.nbytes + layer.values.nbytes for layer in cache.layers if layer.is_initialized and layer.keys.numel()
-    )
+    "Bytes of all keys and values in `cache`; a layer that stores them in another form says so by its own `nbytes`."
+    filled = [layer for layer in cache.layers if layer.is_initialized and layer.get_seq_length()]
+    return sum(getattr(layer, "nbytes", None) or layer.keys.nbytes + layer.values.nbytes for layer in filled)
 
-# %% ../../nbs/sleep/session.ipynb #2f8c2502
+# %% ../../nbs/sleep/session.ipynb #d3b982c3
 class Session:
     """
     One running conversation of a causal language model: its cache, its true position, and what it served last.
@@ -82,7 +81,25 @@ class Session:
         table = getattr(getattr(self.model, "transformer", None), "wpe", None)
         return float("inf") if table is None else table.num_embeddings - self.position
 
-    @torch.no_grad()
+    @property
+    def next_logits(self) -> Tensor:
+        "What the model expects next, of shape [vocabulary]; RuntimeError before anything was served."
+        if self._last_logits is None:
+            raise RuntimeError("nothing has been served in this conversation, so there is nothing to go on from")
+        return self._last_logits
+
+    def read(
+        self,
+        input_ids: Tensor | Iterable[int],  # the next tokens of the stream, int64 of shape [T]
+    ) -> Tensor:
+        """
+        Serve the next tokens without scoring them and return `next_logits`, of shape [vocabulary] on the model's device.
+
+        Only the last token's logits are computed. Errors as of `score`.
+        """
+        self._serve(input_ids, lambda logits, ids: None, logits_to_keep=1)
+        return self.next_logits
+
     def score(
         self,
         input_ids: Tensor | Iterable[int],  # the next tokens of the stream, int64 of shape [T]
@@ -94,9 +111,23 @@ class Session:
         Raises ValueError for ids that the model does not know, or when a model with learned positions has none left.
         After any error, an interrupt included, the conversation is as it was.
         """
+        nll = self._serve(input_ids, self._score)
+        return torch.empty(0) if nll is None else nll
+
+    def _score(self, logits: Tensor, ids: Tensor) -> Tensor:
+        if self._last_logits is None:
+            first = torch.full((1,), float("nan"), device=ids.device)
+        else:
+            first = _nll(self._last_logits[None], ids[:1])
+        return torch.cat([first, _nll(logits[:-1], ids[1:])]).cpu()
+
+    @torch.no_grad()
+    def _serve(
+        self, input_ids: Tensor | Iterable[int], use: Callable[[Tensor, Tensor], Tensor | None], **options: Any
+    ) -> Tensor | None:
         ids = torch.as_tensor(input_ids)
         if not ids.numel():
-            return torch.empty(0)
+            return None
         embedding: Any = self.model.get_input_embeddings()  # type: ignore[operator]
         known = embedding.num_embeddings
         if ids.is_floating_point() or ids.ndim != 1 or int(ids.min()) < 0 or int(ids.max()) >= known:
@@ -111,16 +142,12 @@ class Session:
         positions = torch.arange(self.position, self.position + len(ids), device=device)
         saved = CacheSnapshot(self.cache) if self.cache_tokens else None
         try:
+            on_device = ids.to(device)
             output = self.model(
-                input_ids=ids[None].to(device), past_key_values=self.cache, position_ids=positions[None], use_cache=True
+                input_ids=on_device[None], past_key_values=self.cache, position_ids=positions[None], use_cache=True, **options
             )
-            logits = output.logits[0]
-            if self._last_logits is None:
-                first = torch.full((1,), float("nan"), device=device)
-            else:
-                first = _nll(self._last_logits[None], ids[:1].to(device))
-            nll = torch.cat([first, _nll(logits[:-1], ids[1:].to(device))]).cpu()
-            last = logits[-1].clone()
+            result = use(output.logits[0], on_device)
+            last = output.logits[0, -1].clone()
         except BaseException:  # an interrupt or a full memory must not leave some layers longer than others
             if saved is None:
                 self.cache = DynamicCache()
@@ -130,7 +157,7 @@ class Session:
         self._last_logits, self.position = last, self.position + len(ids)
         if self.remember:
             self.recent = torch.cat([self.recent, ids.cpu()])[-self.remember :]
-        return nll
+        return result
 
 def _nll(logits: Tensor, targets: Tensor) -> Tensor:
     return nn.functional.cross_entropy(logits.float(), targets, reduction="none")
