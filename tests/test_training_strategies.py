@@ -100,7 +100,7 @@ def test_adaptive_clipping_is_unit_wise_and_knows_transposed_layers_and_the_head
             transposed = "c_" in name
             expected[name] = agc(p.detach(), p.grad, 0.01, 1e-3, 1 if transposed else 0)
         else:
-            limit = 0.01 * max(float(p.norm()), 1e-3)
+            limit = 0.01 * max(float(p.detach().norm()), 1e-3)
             expected[name] = p.grad * min(1.0, limit / float(p.grad.norm()))
     head = model.lm_head.weight.grad.clone()
     saved = {n: p.grad.clone() for n, p in model.named_parameters()}
@@ -109,7 +109,7 @@ def test_adaptive_clipping_is_unit_wise_and_knows_transposed_layers_and_the_head
         torch.testing.assert_close(p.grad, expected[name], rtol=1e-4, atol=1e-8)
     assert report.clipped >= len(expected) - 3
     for name, p in model.named_parameters():
-        p.grad = saved[name]
+        p.grad = saved[name].clone()
     clip_gradients(model, "adaptive", exclude_head=True)
     assert torch.equal(model.lm_head.weight.grad, head)
     assert not torch.equal(model.transformer.wte.weight.grad, saved["transformer.wte.weight"])
@@ -246,7 +246,7 @@ def test_the_search_ends_at_the_models_rate_and_not_at_the_given_one():
         adaptive, loss = bowl(rate, horizon=120)
         settled.append(adaptive.factor * rate)
         assert not adaptive.searching and loss < 1.0 and adaptive.rates[0] < 0.2 * settled[-1], "found, learned and cooled down"
-    assert 0.01 < min(settled) and max(settled) < 0.2 and max(settled) < 3 * min(settled), settled
+    assert min(settled) > 0.01 and max(settled) < 0.2 and max(settled) < 3 * min(settled), settled
 
 
 def test_the_last_step_is_forgotten_when_parameters_are_replaced_or_have_no_gradient():
@@ -477,7 +477,7 @@ def test_a_batch_that_gives_nan_is_skipped_at_every_step(tmp_path):
         torch.manual_seed(0)
         model = Poisoned(tiny().config)
         callback = SleepCallback(calibrated(model), clip_mode=mode)
-        trained(tmp_path, callback, model, max_steps=4, max_grad_norm=0 if fine else 1.0)
+        trained(tmp_path, callback, model, max_steps=4, max_grad_norm=0 if fine else 1.0, remove_unused_columns=False)
         assert callback.skipped_steps == (1 if fine else 0)
         assert all(bool(p.isfinite().all()) for p in model.parameters()) is fine
 

@@ -95,7 +95,7 @@ def _exact(grads: list[Tensor]) -> tuple[list[Tensor], Tensor]:
     norms = [torch.linalg.vector_norm(g, dtype=torch.float64) for g in grads]
     return norms, torch.linalg.vector_norm(torch.stack([n.to(norms[0].device) for n in norms]))
 
-# %% ../../nbs/sleep/clipping.ipynb #34c869a6
+# %% ../../nbs/sleep/clipping.ipynb #6cec2b71
 def _head(model: nn.Module | None) -> set[int]:
     """The parameters of the model's last layer, by `id`."""
     get = getattr(model, "get_output_embeddings", None)
@@ -103,8 +103,10 @@ def _head(model: nn.Module | None) -> set[int]:
     return {id(p) for p in layer.parameters()} if isinstance(layer, nn.Module) else set()
 
 
-def _clip_units(graded: Mapping[str, Tensor], ratio: float, eps: float, model: nn.Module | None, exclude_head: bool) -> int:
-    """Adaptive clipping in place; the number of tensors in which a unit was scaled."""
+def _clip_units(
+    graded: Mapping[str, Tensor], ratio: float, eps: float, model: nn.Module | None, exclude_head: bool, dtype: torch.dtype,
+) -> int:
+    """Adaptive clipping in place, with norms of `dtype`; the number of tensors in which a unit was scaled."""
     modules = [] if model is None else list(model.modules())
     transposed = {id(m.weight) for m in modules if type(m).__name__ == "Conv1D" and isinstance(m.weight, Tensor)}
     excluded = _head(model) if exclude_head else set()
@@ -113,7 +115,7 @@ def _clip_units(graded: Mapping[str, Tensor], ratio: float, eps: float, model: n
         if p.grad is None or id(p) in excluded:
             continue
         inputs = tuple(range(p.ndim)) if p.ndim < 2 else (0,) if id(p) in transposed else tuple(range(1, p.ndim))
-        weight, size = (torch.linalg.vector_norm(t.detach().float(), dim=inputs, keepdim=True) for t in (p, p.grad))
+        weight, size = (torch.linalg.vector_norm(t.detach(), dim=inputs, keepdim=True, dtype=dtype) for t in (p, p.grad))
         factor = (ratio * weight.clamp(min=eps) / size).clamp(max=1.0)  # of a gradient of 0: infinite, so 1
         p.grad.mul_(factor.to(p.grad.dtype))
         scaled.append((factor < 1).any())
@@ -171,7 +173,8 @@ def clip_gradients(
         clipped = int(sum(bool(f < 1) for f in factors))
     else:
         model = model_or_params if isinstance(model_or_params, nn.Module) else None
-        clipped = _clip_units(graded, bound, float(eps), model, exclude_head)
+        dtype = torch.promote_types(total.dtype, torch.float32)  # float64 where float32 overflowed
+        clipped = _clip_units(graded, bound, float(eps), model, exclude_head, dtype)
     return ClipReport(mode, bound, norms, float(total), clipped, bad)
 
 # %% ../../nbs/sleep/clipping.ipynb #21d9f07c

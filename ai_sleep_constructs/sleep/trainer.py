@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['kept_slices', 'rebind_optimizer', 'TrainingNight', 'SleepCallback']
 
-# %% ../../nbs/sleep/trainer.ipynb #9bfbbeb4
+# %% ../../nbs/sleep/trainer.ipynb #76b3a4e6
 import logging
 from collections import deque
 from collections.abc import Callable
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_utils import ParallelMode
+from transformers.training_args import ParallelMode
 
 from .clipping import CLIP_MODES, check_max_norm, clip_gradients
 from .controller import AISleepController

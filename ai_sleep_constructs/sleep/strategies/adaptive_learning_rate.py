@@ -148,7 +148,7 @@ class LastStep:
         scale = float(sums[1] * sums[2])
         return -float(sums[0]) / scale if 0 < scale < math.inf else None
 
-# %% ../../../nbs/sleep/strategies/adaptive_learning_rate.ipynb #45a48e91
+# %% ../../../nbs/sleep/strategies/adaptive_learning_rate.ipynb #02305e97
 class AdaptiveRate:
     """
     Moves all learning rates of an optimizer by one factor of the given rates, within [`low`, `high`].
@@ -162,13 +162,13 @@ class AdaptiveRate:
         optimizer: Optimizer,  # the rates of its groups are the given ones
         scheduler: Any = None,  # its scheduler, whose shape is kept
         *,
-        horizon: int | None = None,  # steps of the whole training; the rate falls to 0 over the last fifth of them
+        horizon: int | None = None,  # steps of the whole training; the rate falls to 0 over the last tenth of them
         search: bool = True,  # whether to look for the rate first
         low: float = 0.02,  # smallest factor of the given rates (but for cooling)
         high: float = 50.0,  # largest factor
         start: float = 0.25,  # factor at which the search begins
-        gain: float = 0.5,  # growth of the rate's logarithm at a step whose cosine is 1
-        backoff: float = 0.7,  # what the search settles on, as a share of the rate that it found
+        gain: float = 0.3,  # growth of the rate's logarithm at a step whose cosine is 1
+        backoff: float = 0.9,  # what the search settles on, as a share of the rate that it found
         trend: int = 32,  # losses whose trend is looked at
         patience: int = 10,  # windows of `trend / 4` losses without a better level until the rate is cut
         cut: float = 0.5,  # factor of a cut
@@ -203,10 +203,10 @@ class AdaptiveRate:
 
     @property
     def cooling(self) -> float:
-        "What the end of the training leaves of the rate: 1 until its last fifth, then down to 0."
+        "What the end of the training leaves of the rate: 1 until its last tenth, then down to 0."
         if self.horizon is None:
             return 1.0
-        share = (self.steps - 0.8 * self.horizon) / (0.2 * self.horizon)
+        share = (self.steps - 0.9 * self.horizon) / (0.1 * self.horizon)
         return 1.0 - math.sqrt(min(1.0, max(0.0, share)))
 
     def _move(self, factor: float) -> None:
