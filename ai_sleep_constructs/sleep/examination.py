@@ -20,7 +20,7 @@ from .session import Session, check_evictable
 from .snapshot import CacheSnapshot
 from .vitals import Vitals
 
-# %% ../../nbs/sleep/examination.ipynb #9302e619
+# %% ../../nbs/sleep/examination.ipynb #8b3d42a2
 EXPLODED, VANISHED = 1e3, 1e-6  # beyond the recorded range of norms, by these factors
 
 class BadGradients(Check):
@@ -51,7 +51,12 @@ class BadGradients(Check):
     def repair(self, patient: Patient, finding: Finding) -> str:
         "Drop the gradients, so that the next step is skipped."
         held = [(p, p.grad) for p in patient.model.parameters()]
-        patient.undo.steps.append(lambda: [setattr(p, "grad", g) for p, g in held])
+
+        def back() -> None:
+            for parameter, gradient in held:
+                parameter.grad = gradient
+
+        patient.undo.steps.append(back)
         for parameter, _ in held:
             parameter.grad = None
         return "step skipped"
@@ -78,9 +83,8 @@ class BadMoments(Check):
     def repair(self, patient: Patient, finding: Finding) -> str:
         "Forget the state of those parameters; the optimizer starts it again at its next step."
         state: Any = patient.optimizer.state if patient.optimizer is not None else {}
-        for parameter in self._bad(patient):
-            held = state.pop(parameter)
-            patient.undo.steps.append(lambda p=parameter, h=held: state.__setitem__(p, h))
+        held = {parameter: state.pop(parameter) for parameter in self._bad(patient)}
+        patient.undo.steps.append(lambda: state.update(held))
         return "moments reset"
 
 # %% ../../nbs/sleep/examination.ipynb #f71641af

@@ -146,7 +146,7 @@ class Check(ABC):
         "Put it right, tell `patient.undo` how to take that back, and return how it was done."
         raise NotImplementedError(f"{self.kind} has no repair")
 
-# %% ../../nbs/sleep/health_checks.ipynb #d710ed71
+# %% ../../nbs/sleep/health_checks.ipynb #1adc11a0
 ABSURD = 1e4  # a parameter beyond this is in no trained model
 FEW = 0.01  # share of a tensor that may be estimated
 
@@ -295,11 +295,13 @@ class EmbeddingOutliers(WeightCheck):
             if sign is None or name in patient.explained:
                 continue
             norms, record = row_norms(sign.tensor), patient.record(name)
-            largest, least, usual = float(norms.max()), float(norms.min()), float(norms.median())
+            largest, usual = float(norms.max()), float(norms.median())
             high = 4 * record["rows"][2] if record else 100 * usual
-            empty = record is not None and record["rows"][0] > 0 and least < record["rows"][0] / 4
+            rows = patient.baseline.bad_rows(name, sign.tensor).tolist() if patient.baseline is not None and record else []
+            bad = torch.tensor(rows, dtype=torch.long, device=norms.device)
+            empty = bool(rows) and float(norms[bad].min()) < usual / 4
             if (largest > high and usual > 0) or empty:
-                row = int(norms.argmax() if largest > high else norms.argmin())
+                row = int(norms.argmax()) if largest > high else int(bad[norms[bad].argmin()])
                 evidence = {"row": row, "norm": float(norms[row]), "median": usual, "limit": high}
                 found.append(self.finding(patient, name, "high", evidence, guess=True))
         return found
@@ -329,7 +331,7 @@ class ChangedWeights(WeightCheck):
         rows = {n: known.bad_rows(n, patient.signs[n].tensor) for n in changed} if (known := patient.baseline) else {}
         return [self.finding(patient, n, "high", {"rows": len(bad), "first_row": next(iter(bad.tolist()), -1)}) for n, bad in rows.items()]
 
-# %% ../../nbs/sleep/health_checks.ipynb #d39032bc
+# %% ../../nbs/sleep/health_checks.ipynb #69a82bc5
 class Untied(Check):
     "Tensors that were one, such as the two embeddings, and are several now."
     kind, cause = "untied", True
@@ -363,7 +365,7 @@ class ChangedSettings(Check):
             return []
         now = float_settings(patient.model)
         return [
-            Finding(self.kind, "high", name, {"value": now[name], "recorded": was}, True)
+            Finding(self.kind, "high", name, {"value": now[name], "recorded": was}, not patient.wholesale, _WHOLESALE * patient.wholesale)
             for name, was in patient.baseline.settings.items()
             if name in now and now[name] != was
         ]
