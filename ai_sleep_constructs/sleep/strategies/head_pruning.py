@@ -78,7 +78,7 @@ def choose_in_rounds(
             break
     return chosen, first
 
-# %% ../../../nbs/sleep/strategies/head_pruning.ipynb #2f26dc6e
+# %% ../../../nbs/sleep/strategies/head_pruning.ipynb #7fc870cf
 @register
 @dataclass
 class AttentionHeadPruning(Strategy):
@@ -93,6 +93,7 @@ class AttentionHeadPruning(Strategy):
 
     name = OptimizationStrategy.ATTENTION_HEAD_PRUNING
     modes = frozenset({SleepMode.DEEP_SLEEP})
+    order = 30
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -19,7 +19,7 @@ from ..session import cache_nbytes, cache_tokens
 from ..state import LMModelState
 from .base import SleepContext, Strategy, register
 
-# %% ../../../nbs/sleep/strategies/kv_cache.ipynb #d2790a3f
+# %% ../../../nbs/sleep/strategies/kv_cache.ipynb #71c82654
 @register
 @dataclass
 class KVCacheManagement(Strategy):
@@ -35,6 +35,7 @@ class KVCacheManagement(Strategy):
 
     name = OptimizationStrategy.KV_CACHE_MANAGEMENT
     modes = frozenset({SleepMode.LIGHT_SLEEP})
+    order = 30
 
     def __post_init__(self) -> None:
         super().__post_init__()

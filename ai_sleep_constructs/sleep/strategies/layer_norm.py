@@ -111,7 +111,7 @@ def fit_norms(
             parameter.copy_(master[name])
     return {"steps": done, "loss_before": before, "loss_after": after}
 
-# %% ../../../nbs/sleep/strategies/layer_norm.ipynb #8b5c198e
+# %% ../../../nbs/sleep/strategies/layer_norm.ipynb #b0d9f1ff
 _SCALED = ("final_logit_softcapping", "logits_scaling", "logit_scale")  # settings with which logits are not head(hidden)
 
 @register
@@ -127,6 +127,7 @@ class LayerNormRecalibration(Strategy):
 
     name = OptimizationStrategy.LAYER_NORM_RECALIBRATION
     modes = frozenset({SleepMode.DEEP_SLEEP})
+    order = 70
 
     def __post_init__(self) -> None:
         super().__post_init__()
