@@ -220,7 +220,7 @@ def _columns(block: AttentionBlock) -> Tensor:
     weight: Tensor = block.out.weight  # type: ignore[assignment]
     return (weight.T if block.fused else weight).detach().double().cpu()
 
-# %% ../../nbs/sleep/head_importance.ipynb #6044a2ca
+# %% ../../nbs/sleep/head_importance.ipynb #4a4df5a3
 @importance("magnitude")
 @torch.no_grad()
 def magnitude_importance(
@@ -234,10 +234,7 @@ def magnitude_importance(
     found = []
     for block in attention_blocks(model):
         m: Any = block.module
-        if block.fused:
-            rows = [*m.c_attn.weight.T.chunk(3)]
-        else:
-            rows = [m.q_proj.weight, m.k_proj.weight, m.v_proj.weight]
+        rows = [*m.c_attn.weight.T.chunk(3)] if block.fused else [p.weight for p in (m.q_proj, m.k_proj, m.v_proj)]
         parts = [*(r.detach().double().cpu() for r in rows), _columns(block).T]
         found.append(sum(p.square().reshape(block.groups, -1).sum(1) for p in parts).sqrt())
     return found

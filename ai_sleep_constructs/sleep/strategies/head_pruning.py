@@ -78,7 +78,11 @@ def choose_in_rounds(
             break
     return chosen, first
 
+<<<<<<< HEAD
 # %% ../../../nbs/sleep/strategies/head_pruning.ipynb #7fc870cf
+=======
+# %% ../../../nbs/sleep/strategies/head_pruning.ipynb #94e6bce2
+>>>>>>> h-prune
 @register
 @dataclass
 class AttentionHeadPruning(Strategy):
@@ -112,7 +116,7 @@ class AttentionHeadPruning(Strategy):
             raise ValueError(f"pruning_rounds is {rounds}, but more than one round needs a pruning_fraction")
         if self.pruning_compensation not in (None, True, False):
             raise ValueError(f"pruning_compensation must be True, False or None, got {self.pruning_compensation!r}")
-        if isinstance(self.pruning_seed, bool) or not isinstance(self.pruning_seed, int):
+        if type(self.pruning_seed) is not int:
             raise ValueError(f"pruning_seed must be a whole number, got {self.pruning_seed!r}")
 
     def ready(self, context: SleepContext) -> str:
