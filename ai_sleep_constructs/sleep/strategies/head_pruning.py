@@ -78,11 +78,7 @@ def choose_in_rounds(
             break
     return chosen, first
 
-<<<<<<< HEAD
-# %% ../../../nbs/sleep/strategies/head_pruning.ipynb #7fc870cf
-=======
-# %% ../../../nbs/sleep/strategies/head_pruning.ipynb #94e6bce2
->>>>>>> h-prune
+# %% ../../../nbs/sleep/strategies/head_pruning.ipynb #054ee160
 @register
 @dataclass
 class AttentionHeadPruning(Strategy):
