@@ -133,7 +133,7 @@ class Rehearsal:
 
 METHODS["naive"] = Rehearsal
 
-# %% ../../nbs/sleep/rehearsal.ipynb #efefab39
+# %% ../../nbs/sleep/rehearsal.ipynb #fce29280
 class StoredReplay(Rehearsal):
     "Mix old text into each step (Robins 1995); `strength` weighs its loss against the day's."
     name, strength, needs_stored = "stored_replay", 1.0, True
@@ -191,7 +191,7 @@ class Replay(ElasticWeightConsolidation):
     """
     name, strength = "replay", 0.5
     hold: ClassVar[float] = 0.2  # divergence on the day's text, relative to that on the samples
-    anchor: ClassVar[float] = 300.0  # weight of the quadratic penalty, relative to that of the divergence
+    anchor: ClassVar[float] = 100.0  # weight of the quadratic penalty, relative to that of the divergence
 
     def prepare(self, student: Any) -> None:
         "The pool is what the model dreams; the first dreams also tell which weights matter."
