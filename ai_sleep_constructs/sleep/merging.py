@@ -123,14 +123,16 @@ def _merges(
         rows = torch.nonzero(alive & (changed | changed[best]) & (score > cutoff))[:, 0]
         best[rows], score[rows] = _neighbours(means, rows, torch.nonzero(alive)[:, 0], groups, block)
 
-# %% ../../nbs/sleep/merging.ipynb #0607a7c9
+# %% ../../nbs/sleep/merging.ipynb #1b306da0
 def text_vectors(
     texts: Sequence[str],  # the texts
     dims: int = 1024,  # dimensions that n-grams are hashed into
     sizes: Iterable[int] = (3,),  # bytes of an n-gram; longer ones lose sight of edited words
     rarity: Tensor | None = None,  # weights of the dimensions, shape [dims]; by default measured on `texts`
 ) -> Tensor:
-    "Hashed n-gram vectors of unit length, float32 of shape [N, dims]; zero for a text without an n-gram."
+    "Hashed n-gram vectors of unit length, float32 of shape [N, dims]; zero for a text without an n-gram. ValueError for `dims`."
+    if type(dims) is not int or dims < 1:
+        raise ValueError(f"dims must be an int of 1 or more, got {dims!r}")
     rows = np.zeros((len(texts), dims), dtype=np.float32)
     for row, text in zip(rows, texts, strict=True):
         data = np.frombuffer(f" {' '.join(text.lower().split())} ".encode(), dtype=np.uint8).astype(np.uint64)
