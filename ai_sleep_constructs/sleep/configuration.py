@@ -5,34 +5,27 @@
 # %% auto #0
 __all__ = ['SLEEPS', 'build_strategies', 'named_strategies', 'check_duration', 'configured']
 
-# %% ../../nbs/sleep/configuration.ipynb #62aa9455
+# %% ../../nbs/sleep/configuration.ipynb #46bae302
 import dataclasses
 import difflib
 import warnings
 from typing import Any
 
-from .modes import OptimizationStrategy, SleepMode
+from .modes import SleepMode
 from .strategies.base import Strategy, get_strategy, registered_strategies
 
-# %% ../../nbs/sleep/configuration.ipynb #7fedf1a9
+# %% ../../nbs/sleep/configuration.ipynb #fd50e011
 SLEEPS = {SleepMode.LIGHT_SLEEP: 300, SleepMode.DEEP_SLEEP: 1800}  # the modes of sleep and their default durations in s
 
 def build_strategies(
     mode: SleepMode,  # light or deep
     config: dict[str, Any],  # `strategies` and the options of all of them
-) -> list[Strategy | str]:
-    """
-    The configured strategies, in order; the bare name stands for one that the enumeration names and nothing implements.
-
-    Raises ValueError for an unknown strategy, one of the other mode, or a bad option.
-    """
+) -> list[Strategy]:
+    "The configured strategies, in order. ValueError for an unknown strategy, one of the other mode, or a bad option."
     chosen: list[Any] = registered_strategies(mode) if config["strategies"] is None else config["strategies"]
-    built: list[Strategy | str] = []
+    built: list[Strategy] = []
     for name in chosen:
-        strategy: type[Strategy] | None = name if isinstance(name, type) else get_strategy(name)
-        if strategy is None:
-            built.append(OptimizationStrategy(name).value)
-            continue
+        strategy: type[Strategy] = name if isinstance(name, type) else get_strategy(name)
         if mode not in strategy.modes:
             allowed = ", ".join(sorted(m.value for m in strategy.modes))
             raise ValueError(f"strategy {strategy.label()!r} does not belong to {mode.value}; it belongs to {allowed}")

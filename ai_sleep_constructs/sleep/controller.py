@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['EVENTS', 'KIND', 'AISleepController']
 
-# %% ../../nbs/sleep/controller.ipynb #b9bcc7b9
+# %% ../../nbs/sleep/controller.ipynb #5ccdcde5
 import logging
 import time
 from collections import deque
@@ -23,11 +23,11 @@ from .modes import OptimizationStrategy, SleepMode, SleepTrigger
 from .monitor import LMPerformanceMonitor, PerformanceAlert
 from .report import SleepReport, append_journal
 from .state import LMModelState
-from .strategies.base import SleepContext, Strategy, StrategyReport, run_transaction
+from .strategies.base import SleepContext, StrategyReport, run_transaction
 from .transition_guards import Transition, refusal, transition_guards
 from .triggers import Waking, check_threshold, fired
 
-# %% ../../nbs/sleep/controller.ipynb #ae81e5b2
+# %% ../../nbs/sleep/controller.ipynb #f8e813de
 EVENTS = ("on_sleep_start", "on_sleep_end", "on_optimization_complete")
 KIND = "AISleepController"
 _log = logging.getLogger(__name__)
@@ -243,21 +243,18 @@ class AISleepController(Binding):
         strategies = build_strategies(mode, config)
         unready: dict[int, str] = {}
         for index, strategy in enumerate(strategies):
-            if isinstance(strategy, Strategy):
-                try:
-                    strategy.before_night(context)
-                except Exception as error:
-                    _log.warning("%s could not prepare for the night", strategy.label(), exc_info=True)
-                    unready[index] = f"{type(error).__name__}: {error}"
+            try:
+                strategy.before_night(context)
+            except Exception as error:
+                _log.warning("%s could not prepare for the night", strategy.label(), exc_info=True)
+                unready[index] = f"{type(error).__name__}: {error}"
         for index, strategy in enumerate(strategies):
-            if isinstance(strategy, Strategy) and strategy.name is OptimizationStrategy.ADAPTIVE_LEARNING_RATE and not self.auto_adapt:
+            if strategy.name is OptimizationStrategy.ADAPTIVE_LEARNING_RATE and not self.auto_adapt:
                 done = StrategyReport(strategy.label(), "skipped", message="auto_adapt is off")
-            elif index in unready and isinstance(strategy, Strategy):
+            elif index in unready:
                 done = StrategyReport(strategy.label(), "failed", message=unready[index])
-            elif isinstance(strategy, Strategy):
-                done = run_transaction(strategy, context)
             else:
-                done = StrategyReport(strategy, "unavailable", message="this version has no such strategy")
+                done = run_transaction(strategy, context)
             self.reports[-1].strategies.append(done)
             if done.strategy == OptimizationStrategy.SECURITY_PATCHING.value and done.status == "committed":
                 patched = {entry["where"] for entry in done.details["repaired"]}

@@ -71,12 +71,12 @@ class SleepContext:
         parts = tuple(getattr(self, name) for name in names)
         return parts if len(parts) > 1 else parts[0]
 
-# %% ../../../nbs/sleep/strategies/base.ipynb #3b6f47f2
+# %% ../../../nbs/sleep/strategies/base.ipynb #0e82ce20
 @dataclass
 class StrategyReport:
     "What one strategy did in one night, in numbers."
     strategy: str  # its name
-    status: str  # committed, rolled_back, failed, skipped or unavailable
+    status: str  # committed, rolled_back, failed or skipped
     bits_before: float | None = None  # bits per byte on the guard set before, None when not measured
     bits_after: float | None = None  # and after, also of a change that was then rolled back
     seconds: float = 0.0  # wall time, measuring included
@@ -145,7 +145,7 @@ class Strategy(ABC):
             return None
         return context.guard.bits_per_byte(context.model)
 
-# %% ../../../nbs/sleep/strategies/base.ipynb #3d426dab
+# %% ../../../nbs/sleep/strategies/base.ipynb #68b25762
 def register(strategy: type[Strategy]) -> type[Strategy]:
     "Class decorator: add a strategy to the registry. ValueError when its name is taken by another class."
     other = _REGISTRY.get(strategy.name)
@@ -164,18 +164,12 @@ def registered_strategies(
 
 def get_strategy(
     name: OptimizationStrategy | str,  # the enumeration's member, its value, or the name of an added strategy
-) -> type[Strategy] | None:
-    """
-    The registered class, or None for a name of the enumeration that nothing implements yet.
-
-    Raises ValueError for a name that is neither, with the names that are allowed.
-    """
+) -> type[Strategy]:
+    "The registered class. ValueError for an unknown name, with the names that are known."
     known = {s.label(): s for s in registered_strategies()}
     text = name.value if isinstance(name, OptimizationStrategy) else str(name)
     if text in known:
         return known[text]
-    if text in {member.value for member in OptimizationStrategy}:
-        return None
     close = difflib.get_close_matches(text, known, n=1)
     hint = f" (did you mean {close[0]!r}?)" if close else ""
     raise ValueError(f"unknown strategy {text!r}{hint}; known: {', '.join(sorted(known))}")
