@@ -175,7 +175,8 @@ def test_ties_types_and_settings_are_put_back():
     assert found.count("changed_settings") == 2
     report = patch(model, baseline)
     assert hash_model(model) != before  # half of the digits of the bfloat16 tensor are gone, and no backup has them
-    assert [u["kind"] for u in report.details["unrepaired"]] == ["layout"]
+    assert report.details["unrepaired"] == [] and not baseline.differing(model)
+    assert [r["how"] for r in report.details["repaired"] if r["kind"] == "layout"] == ["cast"]
     assert model.lm_head.weight is model.model.embed_tokens.weight and model.model.layers[1].input_layernorm.variance_epsilon < 0.1
 
 
@@ -293,6 +294,9 @@ def test_without_a_record_only_estimates(llama):
     with torch.no_grad():
         weight.zero_()
     assert kinds(llama) == ["dead_tensor"]
+    llama.model.rotary_emb.inv_freq[0] = torch.nan
+    report = patch(llama)
+    assert [u["kind"] for u in report.details["unrepaired"]] == ["nonfinite_weights", "dead_tensor"]
 
 
 def test_a_record_that_was_changed_repairs_nothing(llama, tmp_path):

@@ -104,7 +104,7 @@ def _describe(tensor: Tensor) -> dict[str, Any]:
         "rows": [float(norms.min()), float(norms.median()), float(norms.max())],
     }
 
-# %% ../../nbs/sleep/health.ipynb #379ecd7e
+# %% ../../nbs/sleep/health.ipynb #8d4b8d13
 @dataclass
 class HealthBaseline:
     """
@@ -199,7 +199,11 @@ class HealthBaseline:
         name: str,  # a recorded tensor
         current: Tensor | None = None,  # the damaged one, from which parity works out what is missing
     ) -> tuple[Tensor, str] | None:
-        "The recorded values, proven by their hash, and where they are from (copy, parity or backup); None when lost."
+        """
+        The recorded values, proven by their hash, and where they are from: copy, parity or backup; None when lost.
+
+        What is left when only the precision was lowered comes back as `cast`, rounded as it is.
+        """
         name = self.alias(name)
         record = self.tensors.get(name)
         if record is None:
@@ -208,6 +212,10 @@ class HealthBaseline:
             found = getattr(self, f"_from_{source}")(name, current)
             if found is not None and _hash(found) == record["hashes"][record["dtype"]]:
                 return found, source
+        if current is not None and current.is_floating_point() and record["dtype"] in _PRECISIONS:
+            cast = current.detach().to(_PRECISIONS[record["dtype"]])
+            if self.matches(name, cast):
+                return cast, "cast"
         return None
 
     def _from_copy(self, name: str, current: Tensor | None) -> Tensor | None:

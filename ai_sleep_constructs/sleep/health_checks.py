@@ -146,7 +146,7 @@ class Check(ABC):
         "Put it right, tell `patient.undo` how to take that back, and return how it was done."
         raise NotImplementedError(f"{self.kind} has no repair")
 
-# %% ../../nbs/sleep/health_checks.ipynb #1adc11a0
+# %% ../../nbs/sleep/health_checks.ipynb #e89c5c1b
 ABSURD = 1e4  # a parameter beyond this is in no trained model
 FEW = 0.01  # share of a tensor that may be estimated
 
@@ -166,7 +166,8 @@ class WeightCheck(Check):
             if sign is None:
                 lost = "the model has no such tensor any more"
             return Finding(self.kind, severity, name, evidence, not lost, lost)
-        if guess and sign is not None and 0 < int(_insane(sign.tensor).sum()) <= max(1, FEW * sign.tensor.numel()):
+        few = max(1, FEW * sign.tensor.numel()) if sign is not None and isinstance(sign.tensor, nn.Parameter) else 0
+        if guess and sign is not None and 0 < int(_insane(sign.tensor).sum()) <= few:
             return Finding(self.kind, severity, name, evidence, True)
         return Finding(self.kind, severity, name, evidence, False, "nothing is recorded to restore it from")
 

@@ -16,7 +16,7 @@ from ..health_checks import Finding, Patient, Undo
 from ..modes import OptimizationStrategy, SleepMode
 from .base import SleepContext, Strategy, register
 
-# %% ../../../nbs/sleep/strategies/security_patching.ipynb #5773a5b9
+# %% ../../../nbs/sleep/strategies/security_patching.ipynb #e777ae06
 _MEMO = "security_patching"
 
 @register
@@ -75,10 +75,11 @@ class SecurityPatching(Strategy):
         memo = context.memo[_MEMO]
         patient, findings = memo["patient"], memo["findings"]
         before = _loss(patient)
-        unrepaired = [_entry(f, reason=f.reason) for f in findings if not f.repairable]
+        symptoms = [f for f in findings if isinstance(check_of(f), Symptom)]
+        unrepaired = [_entry(f, reason=f.reason) for f in findings if not f.repairable and f not in symptoms]
         done: list[tuple[Finding, str]] = []
         for finding in findings:
-            if finding.repairable and not isinstance(check_of(finding), Symptom):
+            if finding.repairable and finding not in symptoms:
                 mark = len(patient.undo.steps)
                 try:
                     done.append((finding, check_of(finding).repair(patient, finding)))
@@ -94,8 +95,8 @@ class SecurityPatching(Strategy):
         stays = {key: how for f, how in done if (key := (f.kind, f.where)) in left}
         unrepaired += [_entry(f, reason=f"still found after: {stays[f.kind, f.where]}") for f, _ in done if (f.kind, f.where) in stays]
         unrepaired += [_entry(f, reason="appeared after the repairs") for f in again if (f.kind, f.where) not in seen]
-        symptoms = [f for f in findings if f.repairable and isinstance(check_of(f), Symptom)]
-        unrepaired += [_entry(f, reason="still there after its causes were repaired") for f in symptoms if (f.kind, f.where) in left]
+        stayed = [f for f in symptoms if (f.kind, f.where) in left]
+        unrepaired += [_entry(f, reason=f.reason or "still there after its causes were repaired") for f in stayed]
         vitals = None if context.health is None else context.health.vitals
         return {
             "findings": [f.to_dict() for f in findings],
