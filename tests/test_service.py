@@ -377,14 +377,17 @@ def test_conversations_survive_a_change_of_version():
             assert same(answer, done)
             said, cache = torch.cat([said, prompt, done.tokens]), done.cache
         assert torch.equal(talk.tokens, said) and talk.prefills == 1
-        with pytest.raises(ValueError, match=r"0\.\.127"):
-            talk.generate(torch.tensor([-1]), 4)
-        assert torch.equal(talk.tokens, said)
         service.sleep(mode=DEEP).result()
         answer = talk.generate(PROMPTS[3], 4, do_sample=False)
         assert answer.version == 1 and same(answer, alone(service.version.model, torch.cat([said, PROMPTS[3]]), 4))
-        with pytest.raises(ValueError, match="max_tokens=60"):
-            talk.generate(PROMPTS[0], 40)
+        assert talk.prefills == 2
+        said = talk.tokens
+        for bad, word in ((torch.tensor([-1]), r"0\.\.127"), (torch.arange(50), "max_tokens=60")):
+            with pytest.raises(ValueError, match=word):
+                talk.generate(bad, 4)
+        assert torch.equal(talk.tokens, said)
+        answer = talk.generate(PROMPTS[0], 4, do_sample=False)
+        assert same(answer, alone(service.version.model, torch.cat([said, PROMPTS[0]]), 4))
 
 
 def test_light_sleep_on_a_copy_shortens_the_copied_conversation():
