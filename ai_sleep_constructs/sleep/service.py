@@ -21,7 +21,7 @@ from .report import SleepReport
 from .session import Session
 from .snapshot import AttributeSnapshot
 
-# %% ../../nbs/sleep/service.ipynb #e68f12e6
+# %% ../../nbs/sleep/service.ipynb #cba70116
 def copied_session(
     session: Session | None,  # the session to copy
     model: Any,  # the copied model
@@ -33,15 +33,10 @@ def copied_session(
     twin.model, twin.cache = model, copy.deepcopy(session.cache)
     return twin
 
-def _rebind(controller: AISleepController, model: Any, session: Session | None) -> None:
-    "Bind a copy of the bound model, or go back; what was recorded of the model stays."
-    controller.model_state.bind(model)
-    controller.session = controller.waking.session = session
-
 def _kept(report: SleepReport) -> bool:
     return any(s.status == "committed" for s in report.strategies)
 
-# %% ../../nbs/sleep/service.ipynb #71d9885c
+# %% ../../nbs/sleep/service.ipynb #09c36902
 class SleepService(AnswerService):
     """
     Answers requests from several threads while its model sleeps and wakes.
@@ -164,14 +159,14 @@ class SleepService(AnswerService):
             records = AttributeSnapshot(controller.model_state, "attention_heads", "layer_norms")
             kept = False
             try:
-                _rebind(controller, model, twin)
+                controller.rebind(model=model, session=twin)
                 report = self._cycle(*args)
                 if _kept(report):
                     self._publish(model, twin)
                     kept = True
             finally:
                 if not kept:
-                    _rebind(controller, old, session)
+                    controller.rebind(model=old, session=session)
                     records.restore()
             return report
 
