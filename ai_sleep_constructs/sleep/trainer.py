@@ -24,7 +24,7 @@ from .controller import AISleepController
 from .modes import SleepMode, SleepTrigger
 from .report import SleepReport
 
-# %% ../../nbs/sleep/trainer.ipynb #0e8ff033
+# %% ../../nbs/sleep/trainer.ipynb #f07918f4
 def kept_slices(old: Tensor, new: Tensor) -> tuple[int, Tensor] | None:
     "The dimension and the indices by which `new` was cut out of `old`; None when that cannot be told."
     shorter = [d for d in range(old.ndim) if old.ndim == new.ndim and old.shape[d] != new.shape[d]]
@@ -34,8 +34,8 @@ def kept_slices(old: Tensor, new: Tensor) -> tuple[int, Tensor] | None:
 
     def slices(tensor: Tensor) -> np.ndarray:
         flat = tensor.detach().movedim(dim, 0).flatten(1) if tensor.ndim > 1 else tensor.detach()[:, None]
-        flat = flat.cpu().contiguous().view(torch.uint8).numpy()
-        return flat.view(f"V{flat.shape[1]}").ravel()
+        rows: np.ndarray = flat.cpu().contiguous().view(torch.uint8).numpy()
+        return rows.view(f"V{rows.shape[1]}").ravel()
 
     mask = np.isin([s.tobytes() for s in slices(old)], [s.tobytes() for s in slices(new)])
     kept = torch.from_numpy(np.flatnonzero(mask)).to(old.device)
@@ -66,8 +66,8 @@ def rebind_optimizer(
             gone.add(id(old))
             done[name] = "removed"
             continue
-        group, index = place[id(old)]
-        optimizer.param_groups[group]["params"][index] = new
+        at, index = place[id(old)]
+        optimizer.param_groups[at]["params"][index] = new
         cut = kept_slices(old, new)
         done[name] = "fresh" if cut is None else "cut"
         if cut is not None:
