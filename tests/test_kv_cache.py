@@ -235,13 +235,13 @@ def test_snapkv_sees_the_right_text_in_the_guard(reference, text, monkeypatch):
     seen = []
 
     def spy(model, cache, ids, position):
-        entered = model.get_input_embeddings()(ids)
+        entered = model.get_input_embeddings()(ids if ids.ndim == 2 else ids[None])
         seen.append(ids)
         first = attention_blocks(model)[0]
         normed = model.model.layers[0].input_layernorm(entered)
         values = first.module.v_proj(normed).unflatten(-1, (-1, 32)).transpose(1, 2)
         cached = cache.layers[0].values[:, :, -ids.shape[-1] :]
-        assert torch.allclose(values.view_as(cached), cached, atol=1e-4)
+        assert torch.allclose(values.reshape(cached.shape), cached, atol=1e-4)
         return observe(model, cache, ids, position)
 
     monkeypatch.setattr(kv_cache, "observe", spy)
@@ -361,7 +361,7 @@ def test_after_an_eviction_it_writes_what_a_masked_cache_expects(reference, text
     assert session.position == 210 and session.cache_tokens == 90
     following = masked(model, whole, chosen, torch.cat([written, text[200:205]]), 200)[0, 9:14]
     nll = torch.nn.functional.cross_entropy(following, text[200:205], reduction="none")
-    assert (session.score(text[200:205]) - nll).abs().max() < 1e-6
+    assert (session.score(text[200:205]) - nll).abs().max() < 1e-5  # `score` returns float32
 
 
 def test_it_stops_at_the_end_token_and_for_a_reader_who_leaves(reference, text):

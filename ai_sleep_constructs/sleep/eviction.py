@@ -71,7 +71,7 @@ POLICIES: dict[str, Callable[[LayerEntries], Tensor]] = {  # those that need the
 }
 OBSERVERS: dict[str, Callable[[LayerEntries], Tensor]] = {"snapkv": snapkv}  # those that need the newest queries too
 
-# %% ../../nbs/sleep/eviction.ipynb #b3984888
+# %% ../../nbs/sleep/eviction.ipynb #83138531
 class _Reread(DynamicLayer):
     "A layer that already holds the keys and values of the tokens that are being read."
 
@@ -129,7 +129,7 @@ def observe(
 
     blocks, training = attention_blocks(model), model.training
     again = DynamicCache()
-    again.layers = [_Reread(layer, window) for layer in cache.layers]  # type: ignore[arg-type]
+    again.layers = [_Reread(layer, window) for layer in cache.layers]
     hooks = [block.module.register_forward_pre_hook(keep(block), with_kwargs=True) for block in blocks]
     model.eval()
     try:
@@ -147,7 +147,7 @@ def unbroken(
     "How many of the newest entries are surely those of the newest tokens, in every layer and head."
     return cache_tokens(cache) - getattr(cache, "broken", 0)
 
-# %% ../../nbs/sleep/eviction.ipynb #75c94f6c
+# %% ../../nbs/sleep/eviction.ipynb #2afaf618
 def budget(
     retention: float | int,  # a fraction of the tokens in (0, 1], or an absolute number of tokens (an int of 1 or more)
     tokens: int,  # tokens in the cache
@@ -207,7 +207,7 @@ def evict(
     if keep < tokens:
         chosen = choose_entries(cache, retention, policy, sinks, recent, queries=queries, seed=seed)
         whole = min(_unbroken_tail(kept, tokens) for kept in chosen)
-        cache.broken = keep - min(whole, unbroken(cache))  # type: ignore[attr-defined]
+        cache.broken = keep - min(whole, unbroken(cache))
         for layer, kept in zip(cache.layers, chosen, strict=True):
             index = kept[..., None].expand(*kept.shape, layer.keys.shape[-1])
             layer.keys, layer.values = layer.keys.gather(2, index), layer.values.gather(2, index)

@@ -132,7 +132,7 @@ class PackedLayer(DynamicLayer):
 
     crop = reorder_cache = batch_repeat_interleave = batch_select_indices = reset = offload = prefetch = _refuse
 
-# %% ../../nbs/sleep/kv_quantization.ipynb #8ddbe951
+# %% ../../nbs/sleep/kv_quantization.ipynb #09372977
 @torch.no_grad()
 def pack_cache(
     cache: DynamicCache,  # changed in place
@@ -152,7 +152,7 @@ def pack_cache(
     for layer in cache.layers if cache_tokens(cache) else []:
         if isinstance(layer, PackedLayer) and layer.bits != bits:
             layer = layer.plain()
-        layers.append(PackedLayer(layer, bits))  # type: ignore[arg-type]
+        layers.append(PackedLayer(layer, bits))
     cache.layers[: len(layers)] = layers
     return {"bits": bits, "bytes_before": before, "bytes_after": cache_nbytes(cache)}
 
@@ -177,5 +177,5 @@ class LayersSnapshot:
     def restore(self) -> None:
         "Put the layers back, and their tensors."
         self._cache.layers[:] = self._layers
-        self._cache.broken = self._broken  # type: ignore[attr-defined]
+        self._cache.broken = self._broken
         self._tensors.restore()
