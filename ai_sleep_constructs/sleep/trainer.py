@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['kept_slices', 'rebind_optimizer', 'TrainingNight', 'SleepCallback']
 
-# %% ../../nbs/sleep/trainer.ipynb #76b3a4e6
+# %% ../../nbs/sleep/trainer.ipynb #770d7620
 import logging
 from collections import deque
 from collections.abc import Callable
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.modeling_utils import unwrap_model
 from transformers.training_args import ParallelMode
 
 from .clipping import CLIP_MODES, check_max_norm, clip_gradients
@@ -24,7 +25,7 @@ from .controller import AISleepController
 from .modes import SleepMode, SleepTrigger
 from .report import SleepReport
 
-# %% ../../nbs/sleep/trainer.ipynb #f07918f4
+# %% ../../nbs/sleep/trainer.ipynb #05c297a0
 def kept_slices(old: Tensor, new: Tensor) -> tuple[int, Tensor] | None:
     "The dimension and the indices by which `new` was cut out of `old`; None when that cannot be told."
     shorter = [d for d in range(old.ndim) if old.ndim == new.ndim and old.shape[d] != new.shape[d]]
@@ -34,8 +35,8 @@ def kept_slices(old: Tensor, new: Tensor) -> tuple[int, Tensor] | None:
 
     def slices(tensor: Tensor) -> np.ndarray:
         flat = tensor.detach().movedim(dim, 0).flatten(1) if tensor.ndim > 1 else tensor.detach()[:, None]
-        rows: np.ndarray = flat.cpu().contiguous().view(torch.uint8).numpy()
-        return rows.view(f"V{rows.shape[1]}").ravel()
+        data = flat.cpu().contiguous().view(torch.uint8).numpy()
+        return data.view(f"V{data.shape[1]}").ravel()
 
     mask = np.isin([s.tobytes() for s in slices(old)], [s.tobytes() for s in slices(new)])
     kept = torch.from_numpy(np.flatnonzero(mask)).to(old.device)
@@ -54,7 +55,7 @@ def rebind_optimizer(
     `cut` (with the parameter), `fresh`, `removed` (no parameter of that name any more) or `untrained` (a new name, which no
     group of the optimizer has). Groups keep their order and options. Gradients are cut with the moments, or dropped.
     """
-    place = {id(p): (g, i) for g, group in enumerate(optimizer.param_groups) for i, p in enumerate(group["params"])}
+    place = {id(p): (g, i) for g, held in enumerate(optimizer.param_groups) for i, p in enumerate(held["params"])}
     done: dict[str, str] = {}
     gone: set[int] = set()
     for name, old in before.items():
@@ -66,8 +67,8 @@ def rebind_optimizer(
             gone.add(id(old))
             done[name] = "removed"
             continue
-        at, index = place[id(old)]
-        optimizer.param_groups[at]["params"][index] = new
+        which, index = place[id(old)]
+        optimizer.param_groups[which]["params"][index] = new
         cut = kept_slices(old, new)
         done[name] = "fresh" if cut is None else "cut"
         if cut is not None:
@@ -79,11 +80,11 @@ def rebind_optimizer(
                 new.grad = old.grad.index_select(*cut).clone()
     for group in optimizer.param_groups:
         group["params"] = [p for p in group["params"] if id(p) not in gone]
-    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    done |= {n: "untrained" for n, p in after.items() if n not in before and p.requires_grad and id(p) not in held}
+    trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    done |= {n: "untrained" for n, p in after.items() if n not in before and p.requires_grad and id(p) not in trained}
     return done
 
-# %% ../../nbs/sleep/trainer.ipynb #cce6362c
+# %% ../../nbs/sleep/trainer.ipynb #d282faee
 _log = logging.getLogger(__name__)
 
 @dataclass
@@ -258,6 +259,5 @@ def _inner(wrapped: Any, attribute: str) -> Any:
     return getattr(wrapped, attribute, wrapped) if type(wrapped).__module__.startswith("accelerate.") else wrapped
 
 def _unwrapped(model: nn.Module) -> nn.Module:
-    from accelerate.utils import extract_model_from_parallel
-
-    return extract_model_from_parallel(model)
+    unwrapped: nn.Module = unwrap_model(model)
+    return unwrapped

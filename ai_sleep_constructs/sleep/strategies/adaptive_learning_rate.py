@@ -148,7 +148,7 @@ class LastStep:
         scale = float(sums[1] * sums[2])
         return -float(sums[0]) / scale if 0 < scale < math.inf else None
 
-# %% ../../../nbs/sleep/strategies/adaptive_learning_rate.ipynb #02305e97
+# %% ../../../nbs/sleep/strategies/adaptive_learning_rate.ipynb #38a2abcd
 class AdaptiveRate:
     """
     Moves all learning rates of an optimizer by one factor of the given rates, within [`low`, `high`].
@@ -167,12 +167,14 @@ class AdaptiveRate:
         low: float = 0.02,  # smallest factor of the given rates (but for cooling)
         high: float = 50.0,  # largest factor
         start: float = 0.25,  # factor at which the search begins
-        gain: float = 0.3,  # growth of the rate's logarithm at a step whose cosine is 1
+        gain: float | None = None,  # growth of the rate's logarithm at a cosine of 1; by default 90 / horizon within 0.1 to 0.6, or 0.3
         backoff: float = 0.9,  # what the search settles on, as a share of the rate that it found
         trend: int = 32,  # losses whose trend is looked at
         patience: int = 10,  # windows of `trend / 4` losses without a better level until the rate is cut
         cut: float = 0.5,  # factor of a cut
     ):
+        if gain is None:
+            gain = 0.3 if type(horizon) is not int else min(0.6, max(0.1, 90 / max(1, horizon)))
         for name, value, least, most in (
             ("low", low, 0, 1), ("high", high, 1, math.inf), ("start", start, 0, math.inf), ("gain", gain, 0, 10),
             ("backoff", backoff, 0, 1), ("cut", cut, 0, 1),
@@ -249,7 +251,7 @@ class AdaptiveRate:
         if cosine is not None:
             self._cosine += 0.2 * (cosine - self._cosine)
             self._move(self.factor * math.exp(self.gain * min(0.5, max(-0.5, cosine))))
-        late = self.horizon is not None and self.steps >= 0.3 * self.horizon
+        late = self.horizon is not None and self.steps >= 0.4 * self.horizon
         if self._cosine < 0.01 or late:
             self.searching, self._last = False, LastStep(self.optimizer)  # lets go of the copy
             self._losses.clear()
