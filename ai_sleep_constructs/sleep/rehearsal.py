@@ -6,10 +6,11 @@
 __all__ = ['METHODS', 'dream', 'cross_entropy', 'divergence', 'Rehearsal', 'StoredReplay', 'LearningWithoutForgetting',
            'ElasticWeightConsolidation', 'Replay', 'between', 'WeightAverage', 'LowRank', 'forgetting', 'rehearse']
 
-# %% ../../nbs/sleep/rehearsal.ipynb #5354a39c
+# %% ../../nbs/sleep/rehearsal.ipynb #92a330f9
 import copy
 import importlib.util
 import math
+from bisect import bisect_left
 from collections.abc import Callable, Iterator
 from typing import Any, ClassVar
 
@@ -279,8 +280,8 @@ def forgetting(model: Any, values: dict[str, Tensor], probe: Tensor) -> float:
         own += float(torch.distributions.Categorical(logits=old).entropy().mean()) * len(rows)
     return apart / max(own, 1e-9)
 
-# %% ../../nbs/sleep/rehearsal.ipynb #5a8931c3
-_WAYS = (1.0, 0.85, 0.7, 0.55, 0.4, 0.25, 0.15, 0.1, 0.05)  # shares of the way that are tried, the longest first
+# %% ../../nbs/sleep/rehearsal.ipynb #b6b31656
+_WAYS = (1.0, 0.85, 0.7, 0.55, 0.4, 0.3, 0.2, 0.15, 0.1, 0.05)  # shares of the way that are searched, the longest first
 
 def rehearse(
     model: Any,  # a causal language model of `transformers`; its weights change at the very end, all at once
@@ -334,12 +335,14 @@ def rehearse(
         if report["steps"]:
             values, report["way"] = plan.result(student), 1.0
             if max_forgetting is not None and probe is not None and len(probe):
-                whole = values
-                for way in (*_WAYS, 0.0):
-                    values = between(model, whole, way)
-                    report["way"], report["forgetting"] = way, forgetting(model, values, probe)
-                    if report["forgetting"] <= max_forgetting:
-                        break
+                grown = {0.0: 0.0}
+
+                def fits(way: float) -> bool:
+                    grown[way] = forgetting(model, between(model, values, way), probe)
+                    return grown[way] <= max_forgetting
+
+                report["way"] = (*_WAYS, 0.0)[bisect_left(_WAYS, True, key=fits)]
+                report["forgetting"], values = grown[report["way"]], between(model, values, report["way"])
             with torch.no_grad():
                 report["loss_after"] = float(cross_entropy(_logits(model, values, sample), sample))
                 for name, value in values.items():
