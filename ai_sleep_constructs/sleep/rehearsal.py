@@ -20,7 +20,7 @@ from torch.func import functional_call
 from transformers import DynamicCache
 from transformers.pytorch_utils import Conv1D
 
-# %% ../../nbs/sleep/rehearsal.ipynb #11d0343c
+# %% ../../nbs/sleep/rehearsal.ipynb #2412b607
 @torch.no_grad()
 def dream(
     model: Any,  # a causal language model of `transformers`
@@ -55,8 +55,7 @@ def dream(
         for first in range(0, -(-sequences // chain), batch_size):
             rows = min(batch_size, -(-sequences // chain) - first)
             token = torch.randint(0, embedding.num_embeddings, (rows, 1), generator=generator, device=device)
-            if start is not None:
-                token = torch.full_like(token, start)
+            token = token if start is None else torch.full_like(token, start)
             tokens, cache = [token], DynamicCache()
             while len(tokens) < chain * length and (remaining is None or remaining() > 0):
                 logits = model(input_ids=tokens[-1], past_key_values=cache, use_cache=True).logits[:, -1].float()
@@ -134,7 +133,7 @@ class Rehearsal:
 
 METHODS["naive"] = Rehearsal
 
-# %% ../../nbs/sleep/rehearsal.ipynb #fce29280
+# %% ../../nbs/sleep/rehearsal.ipynb #c8d4d08a
 class StoredReplay(Rehearsal):
     "Mix old text into each step (Robins 1995); `strength` weighs its loss against the day's."
     name, strength, needs_stored = "stored_replay", 1.0, True
@@ -190,7 +189,7 @@ class Replay(ElasticWeightConsolidation):
     Keep what the model says of its own samples: a share of each step is samples, held by their divergence from the teacher.
     `strength` weighs that. The day's text is held a fifth as much, and each weight by its Fisher information on the samples.
     """
-    name, strength = "replay", 0.5
+    name, strength = "replay", 0.25
     hold: ClassVar[float] = 0.2  # divergence on the day's text, relative to that on the samples
     anchor: ClassVar[float] = 100.0  # weight of the quadratic penalty, relative to that of the divergence
 
