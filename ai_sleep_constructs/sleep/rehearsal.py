@@ -6,10 +6,11 @@
 __all__ = ['METHODS', 'dream', 'cross_entropy', 'divergence', 'Rehearsal', 'StoredReplay', 'LearningWithoutForgetting',
            'ElasticWeightConsolidation', 'Replay', 'between', 'WeightAverage', 'LowRank', 'forgetting', 'rehearse']
 
-# %% ../../nbs/sleep/rehearsal.ipynb #5354a39c
+# %% ../../nbs/sleep/rehearsal.ipynb #92a330f9
 import copy
 import importlib.util
 import math
+from bisect import bisect_left
 from collections.abc import Callable, Iterator
 from typing import Any, ClassVar
 
@@ -19,7 +20,7 @@ from torch.func import functional_call
 from transformers import DynamicCache
 from transformers.pytorch_utils import Conv1D
 
-# %% ../../nbs/sleep/rehearsal.ipynb #11d0343c
+# %% ../../nbs/sleep/rehearsal.ipynb #2412b607
 @torch.no_grad()
 def dream(
     model: Any,  # a causal language model of `transformers`
@@ -54,8 +55,7 @@ def dream(
         for first in range(0, -(-sequences // chain), batch_size):
             rows = min(batch_size, -(-sequences // chain) - first)
             token = torch.randint(0, embedding.num_embeddings, (rows, 1), generator=generator, device=device)
-            if start is not None:
-                token = torch.full_like(token, start)
+            token = token if start is None else torch.full_like(token, start)
             tokens, cache = [token], DynamicCache()
             while len(tokens) < chain * length and (remaining is None or remaining() > 0):
                 logits = model(input_ids=tokens[-1], past_key_values=cache, use_cache=True).logits[:, -1].float()
@@ -133,7 +133,7 @@ class Rehearsal:
 
 METHODS["naive"] = Rehearsal
 
-# %% ../../nbs/sleep/rehearsal.ipynb #fce29280
+# %% ../../nbs/sleep/rehearsal.ipynb #c8d4d08a
 class StoredReplay(Rehearsal):
     "Mix old text into each step (Robins 1995); `strength` weighs its loss against the day's."
     name, strength, needs_stored = "stored_replay", 1.0, True
@@ -189,7 +189,7 @@ class Replay(ElasticWeightConsolidation):
     Keep what the model says of its own samples: a share of each step is samples, held by their divergence from the teacher.
     `strength` weighs that. The day's text is held a fifth as much, and each weight by its Fisher information on the samples.
     """
-    name, strength = "replay", 0.5
+    name, strength = "replay", 0.25
     hold: ClassVar[float] = 0.2  # divergence on the day's text, relative to that on the samples
     anchor: ClassVar[float] = 100.0  # weight of the quadratic penalty, relative to that of the divergence
 
@@ -279,8 +279,8 @@ def forgetting(model: Any, values: dict[str, Tensor], probe: Tensor) -> float:
         own += float(torch.distributions.Categorical(logits=old).entropy().mean()) * len(rows)
     return apart / max(own, 1e-9)
 
-# %% ../../nbs/sleep/rehearsal.ipynb #5a8931c3
-_WAYS = (1.0, 0.85, 0.7, 0.55, 0.4, 0.25, 0.15, 0.1, 0.05)  # shares of the way that are tried, the longest first
+# %% ../../nbs/sleep/rehearsal.ipynb #b6b31656
+_WAYS = (1.0, 0.85, 0.7, 0.55, 0.4, 0.3, 0.2, 0.15, 0.1, 0.05)  # shares of the way that are searched, the longest first
 
 def rehearse(
     model: Any,  # a causal language model of `transformers`; its weights change at the very end, all at once
@@ -334,12 +334,14 @@ def rehearse(
         if report["steps"]:
             values, report["way"] = plan.result(student), 1.0
             if max_forgetting is not None and probe is not None and len(probe):
-                whole = values
-                for way in (*_WAYS, 0.0):
-                    values = between(model, whole, way)
-                    report["way"], report["forgetting"] = way, forgetting(model, values, probe)
-                    if report["forgetting"] <= max_forgetting:
-                        break
+                grown = {0.0: 0.0}
+
+                def fits(way: float) -> bool:
+                    grown[way] = forgetting(model, between(model, values, way), probe)
+                    return grown[way] <= max_forgetting
+
+                report["way"] = (*_WAYS, 0.0)[bisect_left(_WAYS, True, key=fits)]
+                report["forgetting"], values = grown[report["way"]], between(model, values, report["way"])
             with torch.no_grad():
                 report["loss_after"] = float(cross_entropy(_logits(model, values, sample), sample))
                 for name, value in values.items():
