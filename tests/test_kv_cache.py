@@ -30,6 +30,7 @@ from ai_sleep_constructs.sleep.kv_quantization import PackedLayer, pack, pack_ca
 from ai_sleep_constructs.sleep.session import Session, check_evictable
 from ai_sleep_constructs.sleep.state import LMModelState
 from ai_sleep_constructs.sleep.strategies.base import SleepContext, run_transaction
+from ai_sleep_constructs.sleep.strategies.head_pruning import AttentionHeadPruning
 from ai_sleep_constructs.sleep.strategies.kv_cache import KVCacheManagement
 
 SMALL = {
@@ -400,3 +401,18 @@ def test_bad_requests_are_refused_before_anything_is_read():
     assert session.position == 0 and not session.cache_tokens
     assert len(generate(session, IDS[:50], 206, eos_token_id=())) == 206 and session.positions_left == 0
     assert isinstance(session.cache, DynamicCache)
+
+
+def test_heads_are_pruned_while_a_packed_cache_is_bound(tiny):
+    session = Session(tiny)
+    session.read(IDS[:64])
+    pack_cache(session.cache, 8)
+    packed = list(session.cache.layers)
+    context = SleepContext(LMModelState("tiny"), tiny, session, calibration=IDS[:64].view(4, 16))
+    strategy = AttentionHeadPruning(pruning_fraction=0.34)
+    saved = strategy.snapshot(context)
+    report = strategy.apply(context)
+    assert report["groups_after"] < report["groups_before"]
+    assert session.score(IDS[64:80]).isfinite().all()
+    saved.restore()
+    assert session.cache.layers == packed and attention_blocks(tiny)[0].groups == report["groups_before"] // 3

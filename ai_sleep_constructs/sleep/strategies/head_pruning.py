@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['choose_groups', 'choose_in_rounds', 'AttentionHeadPruning']
 
-# %% ../../../nbs/sleep/strategies/head_pruning.ipynb #b36dd478
+# %% ../../../nbs/sleep/strategies/head_pruning.ipynb #9e9631e2
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -20,8 +20,9 @@ from ..head_importance import gated as gated
 from ..head_importance import head_importance as head_importance
 from ..head_surgery import HeadMask, HeadSnapshot, check_prunable, heads_of_groups, prune_groups
 from ..modes import OptimizationStrategy, SleepMode
+from ..kv_quantization import LayersSnapshot, unpack_cache
 from ..session import check_evictable
-from ..snapshot import AttributeSnapshot, CacheSnapshot, Snapshots
+from ..snapshot import AttributeSnapshot, Snapshots
 from .base import SleepContext, Strategy, register
 
 # %% ../../../nbs/sleep/strategies/head_pruning.ipynb #4eb3cc89
@@ -78,7 +79,7 @@ def choose_in_rounds(
             break
     return chosen, first
 
-# %% ../../../nbs/sleep/strategies/head_pruning.ipynb #054ee160
+# %% ../../../nbs/sleep/strategies/head_pruning.ipynb #13e33081
 @register
 @dataclass
 class AttentionHeadPruning(Strategy):
@@ -130,17 +131,16 @@ class AttentionHeadPruning(Strategy):
 
     def snapshot(self, context: SleepContext) -> Snapshots:
         "The attention modules, the session's cache and the record of pruned heads."
-        return Snapshots(
-            HeadSnapshot(context.need("model")),
-            CacheSnapshot(None if context.session is None else context.session.cache),
-            AttributeSnapshot(context.state, "attention_heads"),
-        )
+        cache = [] if context.session is None else [LayersSnapshot(context.session.cache)]
+        return Snapshots(HeadSnapshot(context.need("model")), *cache, AttributeSnapshot(context.state, "attention_heads"))
 
     def apply(self, context: SleepContext) -> dict[str, Any]:
         "Measure importance on the calibration text, cut, and return what was removed."
         model, calibration = context.need("model", "calibration")
         blocks = attention_blocks(model)
         before = sum(p.numel() for p in model.parameters())
+        if context.session is not None:
+            unpack_cache(context.session.cache)
 
         def out_of_time() -> bool:
             return context.remaining <= 0
