@@ -13,9 +13,12 @@ if TYPE_CHECKING:
         create_sleep_enabled_model,
     )
     from ai_sleep_constructs.sleep.controller import AISleepController
+    from ai_sleep_constructs.sleep.coordinator import SleepCoordinator
     from ai_sleep_constructs.sleep.modes import OptimizationStrategy, SleepMode, SleepTrigger
     from ai_sleep_constructs.sleep.monitor import LMPerformanceMonitor, PerformanceAlert
+    from ai_sleep_constructs.sleep.service import SleepService
     from ai_sleep_constructs.sleep.state import LMModelState, StateSnapshot
+    from ai_sleep_constructs.sleep.trainer import SleepCallback
 
 __all__ = [
     "AISleepController",
@@ -24,7 +27,10 @@ __all__ = [
     "LMPerformanceMonitor",
     "OptimizationStrategy",
     "PerformanceAlert",
+    "SleepCallback",
+    "SleepCoordinator",
     "SleepMode",
+    "SleepService",
     "SleepTrigger",
     "StateSnapshot",
     "configure_optimal_sleep_schedule",
@@ -38,7 +44,10 @@ _HOMES = {
     "LMPerformanceMonitor": "monitor",
     "OptimizationStrategy": "modes",
     "PerformanceAlert": "monitor",
+    "SleepCallback": "trainer",
+    "SleepCoordinator": "coordinator",
     "SleepMode": "modes",
+    "SleepService": "service",
     "SleepTrigger": "modes",
     "StateSnapshot": "state",
     "configure_optimal_sleep_schedule": "adapter",

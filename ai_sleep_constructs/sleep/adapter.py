@@ -86,7 +86,7 @@ def complete(
     written = nn.functional.cross_entropy(torch.cat(output.logits).float(), tokens, reduction="none")
     return Completion(tokens.cpu(), torch.cat([read, written]).cpu(), cache)
 
-# %% ../../nbs/sleep/adapter.ipynb #f74e3a36
+# %% ../../nbs/sleep/adapter.ipynb #2172288a
 _log = logging.getLogger(__name__)
 
 class HuggingFaceModelAdapter:
@@ -168,7 +168,7 @@ class HuggingFaceModelAdapter:
                 raise RuntimeError(f"{self.model_id} is asleep; call wake_model() first")
             began = time.perf_counter()
             nll = self.session.score(ids)
-            seconds = time.perf_counter() - began
+            seconds = (time.perf_counter() - began) / max(1, len(nll))
         if len(nll) and not nll.isnan().all():
             loss = float(nll.nanmean())
             self.track_inference_metrics(math.exp(min(loss, 700.0)), loss, seconds, self.session.cache_bytes / 2**20)
@@ -215,7 +215,7 @@ class HuggingFaceModelAdapter:
         self,
         perplexity: float | None = None,  # of what was read or written
         loss: float | None = None,  # in nats a token
-        inference_time: float | None = None,  # in seconds
+        inference_time: float | None = None,  # in seconds; `serve` and `generate` give seconds a token
         memory_usage: float | None = None,  # in MiB
     ) -> None:
         "Hand the given metrics to the state and to the monitor, where there is one."

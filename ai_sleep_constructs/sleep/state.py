@@ -34,7 +34,7 @@ class StateSnapshot:
     parameters_hash: str
     metadata: dict[str, Any] = field(default_factory=dict)
 
-# %% ../../nbs/sleep/state.ipynb #8a1cf79a
+# %% ../../nbs/sleep/state.ipynb #7319c89c
 KIND = "LMModelState/1"
 RECORDS = ("kv_cache", "attention_heads", "layer_norms", "gradients", "semantic_memory")
 
@@ -87,7 +87,7 @@ class LMModelState:
         return hashlib.sha256((text + hash_tensors(tensors.items())).encode()).hexdigest()
 
     def _snapshot(self, mode: SleepMode, metadata: dict[str, Any]) -> StateSnapshot:
-        latest = {name: values[-1] for name, values in self.performance_metrics.items() if values}
+        latest = {name: values[-1] for name, values in list(self.performance_metrics.items()) if values}
         return StateSnapshot(datetime.now(UTC), mode, latest, self.parameters_hash if self.hash_parameters else "", metadata)
 
     def _remember(self, snapshot: StateSnapshot) -> None:
