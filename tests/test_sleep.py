@@ -453,6 +453,7 @@ def test_interrupt_wakes_the_model_and_keeps_the_journal(tmp_path):
 
 def test_callbacks_that_raise(caplog):
     controller = AISleepController("m")
+    controller.configure_light_sleep(strategies=[OptimizationStrategy.KV_CACHE_MANAGEMENT])
     heard = []
     controller.register_callback("on_optimization_complete", lambda s: 1 / 0)
     controller.register_callback("on_optimization_complete", heard.append)
@@ -512,7 +513,7 @@ def test_report_is_json(night):
     controller = AISleepController("reference").bind(
         night.model, session=night.session, guard=night.guard, calibration=night.calibration
     )
-    controller.configure_light_sleep(kv_cache_retention=0.5)
+    controller.configure_light_sleep(strategies=[OptimizationStrategy.KV_CACHE_MANAGEMENT], kv_cache_retention=0.5)
     controller.initiate_sleep(SleepTrigger.MANUAL)
     record = json.loads(json.dumps(controller.last_report.to_dict()))
     evicted = {s["strategy"]: s for s in record["strategies"]}["kv_cache_management"]
