@@ -21,7 +21,7 @@ from .state import LMModelState
 from .strategies.base import Consolidatable
 from .triggers import Waking
 
-# %% ../../nbs/sleep/binding.ipynb #0d56df10
+# %% ../../nbs/sleep/binding.ipynb #b6b825cd
 PARTS = ("model", "session", "guard", "calibration", "optimizer", "scheduler", "day", "stores", "health")
 
 class Binding:
@@ -99,6 +99,7 @@ class Binding:
             elif self.model_state.model is not None:  # what was recorded of another model says nothing of this one
                 self.model_state.attention_heads, self.model_state.layer_norms = {}, {}
             self.model_state.bind(model)
+        self._learning_rate = self.learning_rate
         self.session, self.guard, self.calibration = session, guard, calibration
         self.optimizer, self.scheduler, self.day, self.health = optimizer, scheduler, day, health
         self.stores = dict(stores or {})
@@ -117,6 +118,7 @@ class Binding:
         if unknown:
             raise TypeError(f"unknown {', '.join(unknown)}; the parts are {', '.join(PARTS)}")
         with self._lock:
+            self._learning_rate = self.learning_rate  # of the optimizer that may be leaving
             if "model" in parts:
                 self.model_state.bind(parts.pop("model"))
             for name, part in parts.items():

@@ -84,7 +84,7 @@ def rebind_optimizer(
     done |= {n: "untrained" for n, p in after.items() if n not in before and p.requires_grad and id(p) not in trained}
     return done
 
-# %% ../../nbs/sleep/trainer.ipynb #d282faee
+# %% ../../nbs/sleep/trainer.ipynb #301a620d
 _log = logging.getLogger(__name__)
 
 @dataclass
@@ -156,7 +156,7 @@ class SleepCallback(TrainerCallback):
         model, c = _unwrapped(kwargs["model"]), self.controller
         optimizer, scheduler = _inner(kwargs.get("optimizer"), "optimizer"), _inner(kwargs.get("lr_scheduler"), "scheduler")
         if c.model_state.model is model:
-            c.optimizer, c.scheduler = optimizer, scheduler
+            c.rebind(optimizer=optimizer, scheduler=scheduler)
         else:
             c.bind(model, kwargs.get("processing_class"), optimizer=optimizer, scheduler=scheduler)
         self._pending, self._recent = None, []
@@ -165,7 +165,7 @@ class SleepCallback(TrainerCallback):
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         "Stop collecting, and let go of the optimizer: outside of the training nothing moves it."
         self._hook = self._hook.remove() if self._hook is not None else None
-        self.controller.optimizer = self.controller.scheduler = None
+        self.controller.rebind(optimizer=None, scheduler=None)
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, Any] | None = None, **kwargs: Any
@@ -217,11 +217,11 @@ class SleepCallback(TrainerCallback):
             night.error = "the controller was unbound during the training"
             return
         before, training, nights = dict(model.named_parameters()), model.training, c.total_sleep_cycles
-        c.day = self.day()
+        c.rebind(day=self.day())
         try:
             night.slept = c.initiate_sleep(trigger, mode)
             if not night.slept:
-                night.error = "the controller did not go to sleep; its log says why"
+                night.error = f"the controller did not go to sleep: {c.last_refusal}"
         except Exception as error:
             night.error = f"{type(error).__name__}: {error}"
             _log.exception("the night at step %d broke off; training goes on", step)
@@ -233,7 +233,6 @@ class SleepCallback(TrainerCallback):
         lost = [name for name, fate in night.replaced.items() if fate == "untrained"]
         if lost:
             _log.warning("after the night at step %d the optimizer does not train %s", step, ", ".join(lost))
-        c.learning_rate = float(c.optimizer.param_groups[0]["lr"])
 
     def _listen(self, model: nn.Module) -> None:
         "Collect the tokens of the training batches of `model` itself: a copy made in a night has the hook too."
