@@ -104,15 +104,15 @@ def test_every_experiment_has_both_presets() -> None:
 # are asked about as hold by construction or by far.
 
 BRIEF: dict[str, dict[str, object]] = {
-    "adaptive_learning_rate": {"steps": 24, "seeds": 1, "adamw_rates": "0.001,0.004", "hidden": 32, "batch_tokens": 128},
+    "adaptive_learning_rate": {"steps": 40, "seeds": 1, "adamw_rates": "0.001,0.004", "hidden": 32, "batch_tokens": 128},
     "architectures": {"families": "gpt2,qwen3", "steps": 8, "recalibration_steps": 2, "sequences": 4},
     "consolidation_memories": {"facts": 24, "seeds": 1, "sizes": "1.0,0.5"},
     "consolidation_weights": {"arms": "naive,replay", "steps": 4, "seeds": 1, "tokens": 64, "test_sequences": 4},
     "gradient_clipping": {"steps": 24, "seeds": 1, "hidden": 32, "batch_tokens": 128, "arms": "none,global", "spikes": 2},
-    "head_pruning": {"seeds": 1, "random_draws": 2, "guard_sequences": 2, "length": 128, "timing_repeats": 1, "decode_tokens": 2},
+    "head_pruning": {"seeds": 2, "random_draws": 2, "guard_sequences": 2, "length": 128, "timing_repeats": 1, "decode_tokens": 2},
     "kv_cache": {"policies": "key_diff,random", "tasks": 2, "seeds": 1, "bits": "8", "recents": "0.0", "context": 256},
     "layer_norm_recalibration": {"damages": "pruned", "arms": "distil", "steps": 4, "seeds": 1, "sequences": 8, "test_sequences": 4},
-    "online_service": {"arms": "queue,naive", "requests": 6, "seeds": 1, "new_tokens": 4, "recalibration_steps": 1},
+    "online_service": {"arms": "queue,naive", "requests": 10, "seeds": 1, "new_tokens": 4, "recalibration_steps": 1},
     "security_patching": {"models": "llama", "faults": "nan_weight,bit_flip,foreign_hook", "seeds": 1, "train_steps": 8},
     "strategy_ablation": {
         "strategies": "attention_head_pruning,semantic_consolidation", "seeds": 1, "day_tokens": 256, "sequences": 2, "tokens": 128,
