@@ -287,7 +287,7 @@ def test_following_cuts_on_a_rise_and_on_a_plateau_within_the_bounds():
 
 
 @pytest.mark.parametrize("bad", [
-    {"low": 0}, {"low": 2}, {"high": 0.5}, {"gain": 0}, {"start": -1}, {"backoff": 1.5}, {"cut": math.nan}, {"trend": 1}, {"patience": 2.5}, {"horizon": 3},
+    {"low": 0}, {"low": 2}, {"high": 0.5}, {"gain": 0}, {"start": -1}, {"settle": 2.5}, {"cut": math.nan}, {"trend": 1}, {"patience": 2.5}, {"horizon": 3},
 ])
 def test_bad_options_of_the_rate_name_themselves(bad):
     optimizer = optimizer_at(1.0)

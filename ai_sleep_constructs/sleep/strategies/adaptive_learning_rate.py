@@ -148,7 +148,7 @@ class LastStep:
         scale = float(sums[1] * sums[2])
         return -float(sums[0]) / scale if 0 < scale < math.inf else None
 
-# %% ../../../nbs/sleep/strategies/adaptive_learning_rate.ipynb #38a2abcd
+# %% ../../../nbs/sleep/strategies/adaptive_learning_rate.ipynb #59eb632a
 class AdaptiveRate:
     """
     Moves all learning rates of an optimizer by one factor of the given rates, within [`low`, `high`].
@@ -168,16 +168,18 @@ class AdaptiveRate:
         high: float = 50.0,  # largest factor
         start: float = 0.25,  # factor at which the search begins
         gain: float | None = None,  # growth of the rate's logarithm at a cosine of 1; by default 90 / horizon within 0.1 to 0.6, or 0.3
-        backoff: float = 0.9,  # what the search settles on, as a share of the rate that it found
+        settle: float | None = None,  # what the search settles on, over the rate that it found; by default 1.4 with a horizon, else 0.9
         trend: int = 32,  # losses whose trend is looked at
         patience: int = 10,  # windows of `trend / 4` losses without a better level until the rate is cut
         cut: float = 0.5,  # factor of a cut
     ):
+        if settle is None:
+            settle = 0.9 if horizon is None else 1.4
         if gain is None:
             gain = 0.3 if type(horizon) is not int else min(0.6, max(0.1, 90 / max(1, horizon)))
         for name, value, least, most in (
             ("low", low, 0, 1), ("high", high, 1, math.inf), ("start", start, 0, math.inf), ("gain", gain, 0, 10),
-            ("backoff", backoff, 0, 1), ("cut", cut, 0, 1),
+            ("settle", settle, 0, 2), ("cut", cut, 0, 1),
         ):
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not least < value <= most or math.isinf(value):
                 raise ValueError(f"{name} must be a finite number above {least} and at most {most}, got {value!r}")
@@ -187,7 +189,7 @@ class AdaptiveRate:
         if horizon is not None and scheduler is not None:
             raise ValueError("horizon: the scheduler gives the rate its course already; give one of the two")
         self.optimizer, self.scheduler, self.horizon = optimizer, scheduler, horizon
-        self.low, self.high, self.gain, self.backoff, self.cut = float(low), float(high), gain, backoff, cut
+        self.low, self.high, self.gain, self.settle, self.cut = float(low), float(high), gain, settle, cut
         self.trend, self.patience = trend, patience
         self.searching, self.factor, self.steps = search, 1.0, 0
         self.best = math.inf  # the lowest level of the loss
@@ -255,7 +257,7 @@ class AdaptiveRate:
         if self._cosine < 0.01 or late:
             self.searching, self._last = False, LastStep(self.optimizer)  # lets go of the copy
             self._losses.clear()
-            self._move(self.factor * (1.0 if late else self.backoff))
+            self._move(self.factor * (1.0 if late else self.settle))
 
     def _follow(self, window: list[float], series: list[float]) -> str:
         "The level is that of `window`, the trend that of `series`."
