@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['EVENTS', 'KIND', 'AISleepController']
 
-# %% ../../nbs/sleep/controller.ipynb #5ccdcde5
+# %% ../../nbs/sleep/controller.ipynb #18a9c314
 import logging
 import time
 from collections import deque
@@ -25,9 +25,9 @@ from .report import SleepReport, append_journal
 from .state import LMModelState
 from .strategies.base import SleepContext, StrategyReport, run_transaction
 from .transition_guards import Transition, refusal, transition_guards
-from .triggers import Waking, check_threshold, fired
+from .triggers import Threshold, Waking, check_threshold, fired
 
-# %% ../../nbs/sleep/controller.ipynb #f8e813de
+# %% ../../nbs/sleep/controller.ipynb #e25e2a84
 EVENTS = ("on_sleep_start", "on_sleep_end", "on_optimization_complete")
 KIND = "AISleepController"
 _log = logging.getLogger(__name__)
@@ -50,10 +50,10 @@ class AISleepController(Binding):
         report_limit: int = 1000,  # how many reports are kept in memory
     ):
         self.model_id, self.enable_monitoring, self.auto_adapt, self.journal = model_id, enable_monitoring, auto_adapt, journal
-        super().__init__(model_id, LMPerformanceMonitor(model_id) if enable_monitoring else None)
+        super().__init__(model_id, LMPerformanceMonitor(model_id, anomaly_method="adaptive") if enable_monitoring else None)
         self.light_sleep_config: dict[str, Any] = {"duration": SLEEPS[SleepMode.LIGHT_SLEEP], "strategies": None}
         self.deep_sleep_config: dict[str, Any] = {"duration": SLEEPS[SleepMode.DEEP_SLEEP], "strategies": None}
-        self.trigger_thresholds: dict[SleepTrigger, float] = {}
+        self.trigger_thresholds: dict[SleepTrigger, Threshold] = {}
         self.sleep_callbacks: dict[str, list[Callable[..., Any]]] = {event: [] for event in EVENTS}
         self.reports: deque[SleepReport] = deque(maxlen=report_limit)
         self.total_sleep_cycles, self.security_patches_applied = 0, 0
@@ -294,8 +294,8 @@ class AISleepController(Binding):
 
     def export_state(self) -> dict[str, Any]:
         """
-        Everything but what is bound, the callbacks, guards and the monitor's detectors: identity, options, configuration,
-        thresholds, learning rate, times, reports and the state with its history. Values are those that
+        Everything but what is bound, the callbacks and the guards: identity, options, configuration, thresholds, learning
+        rate, times, reports, the state with its history and the monitor with its detectors. Values are those that
         `sleep.archive` can write.
         """
         with self._lock:
@@ -316,6 +316,7 @@ class AISleepController(Binding):
                 "last_sleep": self._last_sleep,
                 "reports": [report.to_dict() for report in self.reports],
                 "model_state": self.model_state.to_record(),
+                "monitor": None if self.performance_monitor is None else self.performance_monitor.state_dict(),
             }
 
     @classmethod
@@ -342,6 +343,10 @@ class AISleepController(Binding):
         made._seconds = {SleepMode(mode): seconds for mode, seconds in record["seconds"].items()}
         made.reports.extend(SleepReport.from_dict(report) for report in record["reports"])
         made.model_state = LMModelState.from_record(record["model_state"])
+        if record["monitor"] is not None:
+            made.performance_monitor = LMPerformanceMonitor.from_state(record["monitor"])
+            made.performance_monitor.register_alert_callback(made._count_alert)
+            made.waking = Waking(made.performance_monitor)
         return made
 
     def save(
