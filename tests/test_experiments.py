@@ -105,8 +105,11 @@ def test_every_experiment_has_both_presets() -> None:
 
 BRIEF: dict[str, dict[str, object]] = {
     "adaptive_learning_rate": {"steps": 40, "seeds": 1, "adamw_rates": "0.001,0.004", "hidden": 32, "batch_tokens": 128},
-    "drift_calibration": {"kinds": "normal", "streams": 3, "length": 800, "control_streams": 1},
-    "monitoring_benchmark": {"kinds": "normal", "streams": 2, "peer_streams": 1, "length": 1000, "change_streams": 1, "labelled_streams": 1, "labelled_length": 1600, "updates": 1500, "memory_points": 2000},
+    "drift_calibration": {"kinds": "normal,t3,ar0.7", "streams": 2, "length": 800, "control_streams": 1},
+    "monitoring_benchmark": {
+        "kinds": "normal", "streams": 2, "peer_streams": 1, "length": 1000, "change_streams": 1, "labelled_streams": 1, "labelled_length": 1600,
+        "updates": 1500, "memory_points": 2000,
+    },
     "architectures": {"families": "gpt2,qwen3", "steps": 8, "recalibration_steps": 2, "sequences": 4},
     "consolidation_memories": {"facts": 24, "seeds": 1, "sizes": "1.0,0.5"},
     "consolidation_weights": {"arms": "naive,replay", "steps": 4, "seeds": 1, "tokens": 64, "test_sequences": 4},
