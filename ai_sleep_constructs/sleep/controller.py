@@ -27,7 +27,7 @@ from .strategies.base import SleepContext, StrategyReport, run_transaction
 from .transition_guards import Transition, refusal, transition_guards
 from .triggers import Threshold, Waking, check_threshold, fired
 
-# %% ../../nbs/sleep/controller.ipynb #e25e2a84
+# %% ../../nbs/sleep/controller.ipynb #6012f5d3
 EVENTS = ("on_sleep_start", "on_sleep_end", "on_optimization_complete")
 KIND = "AISleepController"
 _log = logging.getLogger(__name__)
@@ -316,6 +316,7 @@ class AISleepController(Binding):
                 "last_sleep": self._last_sleep,
                 "reports": [report.to_dict() for report in self.reports],
                 "model_state": self.model_state.to_record(),
+                "alerts_since_waking": dict(self.waking.alerts),
                 "monitor": None if self.performance_monitor is None else self.performance_monitor.state_dict(),
             }
 
@@ -346,7 +347,7 @@ class AISleepController(Binding):
         if record["monitor"] is not None:
             made.performance_monitor = LMPerformanceMonitor.from_state(record["monitor"])
             made.performance_monitor.register_alert_callback(made._count_alert)
-            made.waking = Waking(made.performance_monitor)
+            made.waking = Waking(made.performance_monitor, alerts=dict(record["alerts_since_waking"]))
         return made
 
     def save(
