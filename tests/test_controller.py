@@ -61,11 +61,15 @@ def test_a_night_with_the_wrong_optimizer_is_refused_before_anything_happens(bou
     assert bound.initiate_sleep(SleepTrigger.SCHEDULED) and not bound.last_refusal
 
 
-def test_an_optimizer_that_pruning_left_behind_is_noticed_at_the_next_night(bound: AISleepController) -> None:
-    bound.rebind(optimizer=torch.optim.SGD(bound.model_state.model.parameters(), lr=0.1))
+def test_an_optimizer_that_was_left_behind_is_noticed(bound: AISleepController) -> None:
+    model = bound.model_state.model
+    bound.rebind(optimizer=torch.optim.SGD(model.parameters(), lr=0.1))
     assert bound.initiate_sleep(SleepTrigger.SCHEDULED) and bound.wake_up()
-    assert bound.last_report.strategies[0].status == "committed"
-    assert not bound.initiate_sleep(SleepTrigger.SCHEDULED) and "safety" in bound.last_refusal
+    assert bound.last_report.strategies[0].status == "committed" and bound.last_report.replaced, "a night takes it along"
+    assert bound.initiate_sleep(SleepTrigger.SCHEDULED) and bound.wake_up(), bound.last_refusal
+    norm = next(module for module in model.modules() if hasattr(module, "weight") and module.weight.ndim == 1)
+    norm.weight = torch.nn.Parameter(norm.weight.detach().clone())
+    assert not bound.initiate_sleep(SleepTrigger.SCHEDULED) and "safety" in bound.last_refusal, "somebody else does not"
 
 
 def test_prerequisites_hold_up_triggers_and_not_people(bound: AISleepController) -> None:

@@ -44,7 +44,7 @@ def test_anomaly() -> None:
     assert watched([2.0] * 500, SleepTrigger.ANOMALY_DETECTED, 1) is None
     assert AISleepController("m").performance_monitor.anomaly_method == "adaptive"
     false = sum(watched(noise(seed, 300), SleepTrigger.ANOMALY_DETECTED, 1) is not None for seed in range(20))
-    assert false <= 11, "about one sample in a thousand is a false alarm, so about 6 of 20; with zscore 14 of 20"
+    assert false <= 11, "about one sample in a thousand is a false alarm, so about 6 of 20; with zscore 13 of 20"
 
 
 def test_degradation() -> None:

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['EVENTS', 'KIND', 'AISleepController']
 
-# %% ../../nbs/sleep/controller.ipynb #18a9c314
+# %% ../../nbs/sleep/controller.ipynb #1cd1628d
 import logging
 import time
 from collections import deque
@@ -20,6 +20,7 @@ from .binding import Binding
 from .configuration import SLEEPS, build_strategies, check_duration, configured, named_strategies
 from .health import HealthBaseline
 from .modes import OptimizationStrategy, SleepMode, SleepTrigger
+from .moments import rebind_optimizer
 from .monitor import LMPerformanceMonitor, PerformanceAlert
 from .report import SleepReport, append_journal
 from .state import LMModelState
@@ -27,7 +28,7 @@ from .strategies.base import SleepContext, StrategyReport, run_transaction
 from .transition_guards import Transition, refusal, transition_guards
 from .triggers import Threshold, Waking, check_threshold, fired
 
-# %% ../../nbs/sleep/controller.ipynb #6012f5d3
+# %% ../../nbs/sleep/controller.ipynb #03454162
 EVENTS = ("on_sleep_start", "on_sleep_end", "on_optimization_complete")
 KIND = "AISleepController"
 _log = logging.getLogger(__name__)
@@ -164,7 +165,7 @@ class AISleepController(Binding):
                 self._busy = True
                 (self._execute_light_sleep if mode is SleepMode.LIGHT_SLEEP else self._execute_deep_sleep)()
             except BaseException:
-                self._go(SleepMode.AWAKE)
+                self._wake()
                 raise
             finally:
                 self._busy = False
@@ -181,11 +182,15 @@ class AISleepController(Binding):
         with self._lock:
             if self.model_state.current_mode is SleepMode.AWAKE or not self._may(SleepMode.AWAKE, None):
                 return False
-            self._go(SleepMode.AWAKE)
-            self.waking = Waking(self.performance_monitor, self.session)
-            for callback in self.sleep_callbacks["on_sleep_end"]:
-                self._call("on_sleep_end", callback)
+            self._wake()
             return True
+
+    def _wake(self) -> None:
+        "Also after a night that broke off: what it was about is over, and who was told of its start is told of its end."
+        self._go(SleepMode.AWAKE)
+        self.waking = Waking(self.performance_monitor, self.session)
+        for callback in self.sleep_callbacks["on_sleep_end"]:
+            self._call("on_sleep_end", callback)
 
     def _may(self, target: SleepMode, trigger: SleepTrigger | None) -> bool:
         state = self.model_state
@@ -254,7 +259,10 @@ class AISleepController(Binding):
             elif index in unready:
                 done = StrategyReport(strategy.label(), "failed", message=unready[index])
             else:
+                before = {} if self.optimizer is None or context.model is None else dict(context.model.named_parameters())
                 done = run_transaction(strategy, context)
+                if self.optimizer is not None and context.model is not None:  # it goes on with the parameters of now
+                    self.reports[-1].replaced |= rebind_optimizer(self.optimizer, before, dict(context.model.named_parameters()))
             self.reports[-1].strategies.append(done)
             if done.strategy == OptimizationStrategy.SECURITY_PATCHING.value and done.status == "committed":
                 patched = {entry["where"] for entry in done.details["repaired"]}
@@ -264,7 +272,11 @@ class AISleepController(Binding):
                 self._call("on_optimization_complete", callback, done.strategy)
 
         if doubted is not None:  # what this night changed on purpose is healthy; what was odd before it stays so
-            self.health.refresh(self.model_state.model, keep=doubted)
+            try:
+                self.health.refresh(self.model_state.model, keep=doubted)
+            except Exception as error:
+                self.reports[-1].message = f"the health baseline could not be renewed: {type(error).__name__}: {error}"
+                _log.exception("%s: the health baseline could not be renewed", self.model_id)
 
     def _doubted(self, mode: SleepMode) -> set[str] | None:
         "What differs from the health baseline before a night that may change weights; None when nothing is compared."

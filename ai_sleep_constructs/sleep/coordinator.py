@@ -37,7 +37,7 @@ class _Ticket:
     overtaken: int = 0  # how often a later one was let in first
     granted: bool = False
 
-# %% ../../nbs/sleep/coordinator.ipynb #9c9cc829
+# %% ../../nbs/sleep/coordinator.ipynb #88083a31
 class SleepCoordinator:
     """
     Lets the members of an ensemble sleep in turn, with at least `min_awake` of them awake.
@@ -99,7 +99,12 @@ class SleepCoordinator:
     def serving(self) -> list[str]:
         "The models that hold no permit, in the order of the members. At least `min_awake` at any time."
         with self._condition:
-            return [model_id for model_id in self.members if model_id not in self._asleep]
+            return [model_id for model_id in self.members if model_id not in self._asleep and self._is_awake(model_id)]
+
+    def _is_awake(self, model_id: str) -> bool:
+        controller = self._controller(self.members[model_id])  # a service that serves meanwhile is awake for those who ask
+        served = isinstance(self.members[model_id], SleepService)
+        return served or controller.model_state.current_mode is SleepMode.AWAKE
 
     def waiting(self) -> list[str]:
         "The models that wait for a permit, the next one first."
@@ -115,7 +120,7 @@ class SleepCoordinator:
 
     def _grant(self) -> None:
         "Let in as many as may. The condition is held."
-        while len(self.members) - len(self._asleep) > self.min_awake:
+        while len(self.serving()) > self.min_awake:
             free = [t for t in self._waiting if t.model_id not in self._asleep]
             if not free:
                 return
@@ -222,7 +227,8 @@ class SleepCoordinator:
         if not member.initiate_sleep(trigger, mode):
             raise RuntimeError(f"{member.model_id} did not fall asleep: {getattr(member, 'last_refusal', '') or 'the log says why'}")
         report = member.last_report
-        member.wake_up()
+        if not member.wake_up() and member.model_state.current_mode is not SleepMode.AWAKE:
+            raise RuntimeError(f"{member.model_id} did not wake up: {member.last_refusal}; wake it, until then it counts as asleep")
         assert report is not None
         return report
 

@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['SleepReport', 'append_journal', 'read_journal']
 
-# %% ../../nbs/sleep/report.ipynb #6e3dc24a
+# %% ../../nbs/sleep/report.ipynb #3382e2ce
 import dataclasses
 import html
 import json
+import math
 import os
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -20,7 +21,7 @@ import pandas as pd
 from .modes import SleepMode, SleepTrigger
 from .strategies.base import StrategyReport
 
-# %% ../../nbs/sleep/report.ipynb #a1821413
+# %% ../../nbs/sleep/report.ipynb #11a43607
 @dataclass(repr=False)
 class SleepReport:
     "One sleep cycle of one model."
@@ -32,6 +33,8 @@ class SleepReport:
     started: datetime  # UTC
     seconds: float = 0.0  # wall time that the strategies took
     strategies: list[StrategyReport] = field(default_factory=list)  # in the order in which they ran
+    replaced: dict[str, str] = field(default_factory=dict)  # parameters that the optimizer was given anew; see `sleep.moments`
+    message: str = ""  # what went wrong after the strategies
 
     def to_dict(self) -> dict[str, Any]:
         "A record for JSON."
@@ -44,6 +47,8 @@ class SleepReport:
             "started": self.started.isoformat(),
             "seconds": self.seconds,
             "strategies": [s.to_dict() for s in self.strategies],
+            "replaced": dict(self.replaced),
+            "message": self.message,
         }
 
     @classmethod
@@ -57,6 +62,7 @@ class SleepReport:
         return cls(
             record["model_id"], record["cycle"], SleepMode(record["mode"]), SleepTrigger(record["trigger"]),
             record["duration"], datetime.fromisoformat(record["started"]), record["seconds"], strategies,
+            dict(record.get("replaced", {})), record.get("message", ""),
         )
 
     def to_frame(self) -> pd.DataFrame:
@@ -81,15 +87,15 @@ class SleepReport:
         table = self.to_frame().to_html(index=False, float_format=lambda v: f"{v:.4f}", na_rep="", border=0)
         return f"<p><b>{html.escape(str(self).split(':')[0])}</b></p>{table}"
 
-# %% ../../nbs/sleep/report.ipynb #6d97aa20
+# %% ../../nbs/sleep/report.ipynb #0a98f06c
 def append_journal(
     path: str | Path,  # the journal, made when it is not there
     report: SleepReport,  # the night to add
 ) -> None:
-    "Add one night to a journal."
+    "Add one night to a journal. Numbers that are not finite become null, because JSON has no others."
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    line = json.dumps(report.to_dict(), allow_nan=True).encode()
+    line = json.dumps(_finite(report.to_dict()), allow_nan=False).encode()
     with path.open("ab+") as file:
         if file.tell():
             file.seek(-1, os.SEEK_END)
@@ -98,6 +104,13 @@ def append_journal(
         file.write(line + b"\n")
         file.flush()
         os.fsync(file.fileno())
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(v) for key, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 def read_journal(
     path: str | Path,  # the journal

@@ -36,7 +36,7 @@ def copied_session(
 def _kept(report: SleepReport) -> bool:
     return any(s.status == "committed" for s in report.strategies)
 
-# %% ../../nbs/sleep/service.ipynb #09c36902
+# %% ../../nbs/sleep/service.ipynb #d8e5b07b
 class SleepService(AnswerService):
     """
     Answers requests from several threads while its model sleeps and wakes.
@@ -129,10 +129,10 @@ class SleepService(AnswerService):
             report = self._in_place(*args) if self.while_asleep == "queue" else self._on_a_copy(*args)
         except BaseException as caught:
             error = caught
-        with self._condition:
+        with self._condition:  # one step: a night that begins right after it must not be resumed by the end of this one
+            self.resume()
             self._night = None
             self.nights += 1
-        self.resume()
         if report is not None:
             future.set_result(report)
         else:

@@ -174,7 +174,7 @@ def get_strategy(
     hint = f" (did you mean {close[0]!r}?)" if close else ""
     raise ValueError(f"unknown strategy {text!r}{hint}; known: {', '.join(sorted(known))}")
 
-# %% ../../../nbs/sleep/strategies/base.ipynb #7a774af0
+# %% ../../../nbs/sleep/strategies/base.ipynb #1e263fa1
 _log = logging.getLogger(__name__)
 
 def run_transaction(
@@ -189,9 +189,16 @@ def run_transaction(
     """
     started = time.monotonic()
     report = StrategyReport(strategy.label(), "skipped")
-    reason = strategy.ready(context)
+    try:
+        reason = strategy.ready(context)
+        if reason:
+            report.message, report.details = reason, strategy.record_empty(context.state)
+    except Exception as error:
+        reason = report.message = f"{type(error).__name__}: {error}"
+        report.status = "failed"
+        _log.warning("%s failed before it began", report.strategy, exc_info=True)
     if reason:
-        report.message, report.details = reason, strategy.record_empty(context.state)
+        pass
     elif context.remaining <= 0:
         report.message = "the sleep's duration was used up"
     else:
