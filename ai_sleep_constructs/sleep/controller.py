@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['EVENTS', 'KIND', 'AISleepController']
 
-# %% ../../nbs/sleep/controller.ipynb #1cd1628d
+# %% ../../nbs/sleep/controller.ipynb #5d15292f
 import logging
 import time
 from collections import deque
@@ -24,11 +24,11 @@ from .moments import rebind_optimizer
 from .monitor import LMPerformanceMonitor, PerformanceAlert
 from .report import SleepReport, append_journal
 from .state import LMModelState
-from .strategies.base import SleepContext, StrategyReport, run_transaction
+from .strategies.base import SleepContext, Strategy, StrategyReport, run_transaction
 from .transition_guards import Transition, refusal, transition_guards
 from .triggers import Threshold, Waking, check_threshold, fired
 
-# %% ../../nbs/sleep/controller.ipynb #03454162
+# %% ../../nbs/sleep/controller.ipynb #47c339c2
 EVENTS = ("on_sleep_start", "on_sleep_end", "on_optimization_complete")
 KIND = "AISleepController"
 _log = logging.getLogger(__name__)
@@ -232,31 +232,17 @@ class AISleepController(Binding):
     def _run(self, mode: SleepMode) -> None:
         config = self._config(mode)
         context = SleepContext(
-            self.model_state,
-            self.model_state.model,
-            self.session,
-            self.guard,
-            self.calibration,
-            deadline=time.monotonic() + self.reports[-1].duration,
-            optimizer=self.optimizer,
-            scheduler=self.scheduler,
-            day=self.day,
-            stores=self.stores,
-            health=self.health,
+            self.model_state, self.model_state.model, self.session, self.guard, self.calibration,
+            deadline=time.monotonic() + self.reports[-1].duration, optimizer=self.optimizer, scheduler=self.scheduler,
+            day=self.day, stores=self.stores, health=self.health,
         )
         doubted = self._doubted(mode)
         strategies = build_strategies(mode, config)
-        unready: dict[int, str] = {}
-        for index, strategy in enumerate(strategies):
-            try:
-                strategy.before_night(context)
-            except Exception as error:
-                _log.warning("%s could not prepare for the night", strategy.label(), exc_info=True)
-                unready[index] = f"{type(error).__name__}: {error}"
+        unready = self._prepare(strategies, context)
         for index, strategy in enumerate(strategies):
             if strategy.name is OptimizationStrategy.ADAPTIVE_LEARNING_RATE and not self.auto_adapt:
                 done = StrategyReport(strategy.label(), "skipped", message="auto_adapt is off")
-            elif index in unready:
+            elif unready[index]:
                 done = StrategyReport(strategy.label(), "failed", message=unready[index])
             else:
                 before = {} if self.optimizer is None or context.model is None else dict(context.model.named_parameters())
@@ -268,6 +254,8 @@ class AISleepController(Binding):
                 patched = {entry["where"] for entry in done.details["repaired"]}
                 self.security_patches_applied += len(done.details["repaired"])
                 doubted = None if doubted is None else doubted - patched
+                if patched:  # what was taken from the damaged model is taken again, from the repaired one
+                    unready |= self._prepare(strategies, context, index + 1)
             for callback in self.sleep_callbacks["on_optimization_complete"]:
                 self._call("on_optimization_complete", callback, done.strategy)
 
@@ -278,11 +266,25 @@ class AISleepController(Binding):
                 self.reports[-1].message = f"the health baseline could not be renewed: {type(error).__name__}: {error}"
                 _log.exception("%s: the health baseline could not be renewed", self.model_id)
 
+    @staticmethod
+    def _prepare(strategies: list[Strategy], context: SleepContext, first: int = 0) -> dict[int, str]:
+        "`before_night` of the strategies from `first` on; what each raised, by place, empty for nothing."
+        errors = dict.fromkeys(range(first, len(strategies)), "")
+        for index in errors:
+            try:
+                strategies[index].before_night(context)
+            except Exception as error:
+                _log.warning("%s could not prepare for the night", strategies[index].label(), exc_info=True)
+                errors[index] = f"{type(error).__name__}: {error}"
+        return errors
+
     def _doubted(self, mode: SleepMode) -> set[str] | None:
         "What differs from the health baseline before a night that may change weights; None when nothing is compared."
         model = self.model_state.model
         watched = mode is SleepMode.DEEP_SLEEP and model is not None and isinstance(self.health, HealthBaseline)
-        return self.health.differing(model) if watched else None
+        trained = {id(p) for group in getattr(self.optimizer, "param_groups", ()) for p in group["params"]}
+        fine = {n for n, p in model.named_parameters() if id(p) in trained and bool(p.isfinite().all())} if model is not None else set()
+        return self.health.differing(model) - fine if watched else None  # training is no damage
 
     def _call(self, event: str, callback: Callable[..., Any], *args: Any) -> None:
         try:

@@ -6,7 +6,7 @@
 __all__ = ['POOL', 'POLICIES', 'OBSERVERS', 'LayerEntries', 'recency', 'key_norm', 'key_diff', 'random', 'snapkv', 'observe',
            'unbroken', 'budget', 'choose_entries', 'evict']
 
-# %% ../../nbs/sleep/eviction.ipynb #01f378b1
+# %% ../../nbs/sleep/eviction.ipynb #51099d00
 import math
 import sys
 from collections.abc import Callable
@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from .architecture import AttentionBlock, attention_blocks
-from .session import cache_nbytes, cache_tokens, check_evictable
+from .architecture import AttentionBlock, attention_blocks, evaluating
+from .session import cache_nbytes, cache_tokens, check_evictable, check_window
 
 # %% ../../nbs/sleep/eviction.ipynb #3dd42336
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ POLICIES: dict[str, Callable[[LayerEntries], Tensor]] = {  # those that need the
 }
 OBSERVERS: dict[str, Callable[[LayerEntries], Tensor]] = {"snapkv": snapkv}  # those that need the newest queries too
 
-# %% ../../nbs/sleep/eviction.ipynb #83138531
+# %% ../../nbs/sleep/eviction.ipynb #45ebaaf1
 class _Reread(DynamicLayer):
     "A layer that already holds the keys and values of the tokens that are being read."
 
@@ -115,6 +115,9 @@ def observe(
     for more tokens than the cache surely has without gaps (see `unbroken`) or for a model whose queries cannot be rebuilt.
     """
     check_evictable(cache)
+    check_window(model)
+    if not ids.numel():
+        raise ValueError("ids: there are no newest tokens to look at; a Session with remember=0 keeps none, so use another policy")
     ids = (ids if ids.ndim == 2 else ids[None]).to(next(model.parameters()).device)
     window = ids.shape[1]
     if not 1 <= window <= unbroken(cache):
@@ -127,16 +130,15 @@ def observe(
             found[block.layer] = _queries(block, hidden, kwargs.get("position_embeddings"))
         return hook
 
-    blocks, training = attention_blocks(model), model.training
+    blocks = attention_blocks(model)
     again = DynamicCache()
     again.layers = [_Reread(layer, window) for layer in cache.layers]
     hooks = [block.module.register_forward_pre_hook(keep(block), with_kwargs=True) for block in blocks]
-    model.eval()
     try:
         positions = torch.arange(position - window, position, device=ids.device)[None]
-        model(input_ids=ids, past_key_values=again, position_ids=positions, use_cache=True, logits_to_keep=1)
+        with evaluating(model):
+            model(input_ids=ids, past_key_values=again, position_ids=positions, use_cache=True, logits_to_keep=1)
     finally:
-        model.train(training)
         for hook in hooks:
             hook.remove()
     return [found[block.layer] for block in blocks]

@@ -6,7 +6,7 @@
 __all__ = ['EXPLODED', 'VANISHED', 'BadGradients', 'BadMoments', 'BadCache', 'OversizeCache', 'Symptom', 'Activations',
            'AttentionCollapse', 'ProbeLoss', 'check_of', 'examine']
 
-# %% ../../nbs/sleep/examination.ipynb #57226989
+# %% ../../nbs/sleep/examination.ipynb #d55e4642
 import math
 from collections.abc import Callable
 from typing import Any
@@ -16,8 +16,8 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from .health_checks import Check, Finding, Patient
-from .session import Session, check_evictable
-from .snapshot import CacheSnapshot
+from .kv_quantization import LayersSnapshot, PackedLayer, unpack_cache
+from .session import Session, check_evictable, check_window
 from .vitals import Vitals
 
 # %% ../../nbs/sleep/examination.ipynb #8b3d42a2
@@ -87,7 +87,7 @@ class BadMoments(Check):
         patient.undo.steps.append(lambda: state.update(held))
         return "moments reset"
 
-# %% ../../nbs/sleep/examination.ipynb #f71641af
+# %% ../../nbs/sleep/examination.ipynb #69e3c7bc
 def _layers(session: Session | None) -> list[Any]:
     cache = None if session is None else session.cache
     return [] if cache is None else [x for x in cache.layers if x.is_initialized and isinstance(x.keys, Tensor) and x.keys.numel()]
@@ -130,14 +130,17 @@ class OversizeCache(Check):
 
     def find(self, patient: Patient) -> list[Finding]:
         "By default a cache may hold as many tokens as the model was trained on at once."
-        limit, layers = self._limit(patient), _layers(patient.session)
-        tokens = max((layer.get_seq_length() for layer in layers), default=0)
+        limit = self._limit(patient)
+        tokens = 0 if patient.session is None else patient.session.cache_tokens  # packed entries too
         if patient.session is None or limit is None or tokens <= limit:
             return []
         try:
-            check_evictable(patient.session.cache)
+            check_window(patient.model)
+            packed = any(isinstance(layer, PackedLayer) for layer in patient.session.cache.layers)
+            if not packed:  # packed ones are unpacked by the repair
+                check_evictable(patient.session.cache)
             reason = ""
-        except TypeError as error:
+        except (TypeError, ValueError) as error:
             reason = str(error)
         evidence = {"tokens": tokens, "limit": limit, "bytes": patient.session.cache_bytes}
         return [Finding(self.kind, "medium", "session", evidence, not reason, reason)]
@@ -151,8 +154,10 @@ class OversizeCache(Check):
         "Keep the first 4 tokens and the newest, up to the limit."
         cache: DynamicCache = patient.session.cache if patient.session is not None else DynamicCache()
         limit = self._limit(patient) or 1
-        patient.undo.steps.append(CacheSnapshot(cache).restore)
+        patient.undo.steps.append(LayersSnapshot(cache).restore)
+        unpack_cache(cache)
         first = min(4, limit - 1)
+        cache.broken = min(limit, max(first, getattr(cache, "broken", 0)))  # the newest entries have no gaps, the first ones have one after them
         for layer in _layers(patient.session):
             length = layer.get_seq_length()
             if length > limit:

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['sample_sequences', 'GuardSet']
 
-# %% ../../nbs/sleep/guard.ipynb #bc4f209e
+# %% ../../nbs/sleep/guard.ipynb #392f9f1c
 import math
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
+
+from .architecture import evaluating
 
 # %% ../../nbs/sleep/guard.ipynb #db596893
 def sample_sequences(
@@ -39,7 +41,7 @@ def sample_sequences(
     chosen = torch.randperm(blocks, generator=torch.Generator().manual_seed(seed))[:sequences].sort().values
     return torch.tensor(ids[: blocks * length]).view(blocks, length)[chosen]
 
-# %% ../../nbs/sleep/guard.ipynb #a71a53a6
+# %% ../../nbs/sleep/guard.ipynb #9c7a3e57
 class GuardSet:
     "Held-out sequences on which a model is measured before and after a change."
 
@@ -95,12 +97,9 @@ class GuardSet:
 
     @torch.no_grad()
     def _mean(self, model: nn.Module, size: int, score: Callable[[nn.Module, Tensor], Tensor]) -> float:
-        device, training = next(model.parameters()).device, model.training
-        model.eval()
-        try:
+        device = next(model.parameters()).device
+        with evaluating(model):
             nats = sum(float(score(model, ids.to(device))) for ids in self.sequences.split(self.batch_size))
-        finally:
-            model.train(training)
         return nats / math.log(2) / size if math.isfinite(nats) else math.inf
 
     @staticmethod

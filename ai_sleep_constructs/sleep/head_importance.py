@@ -6,7 +6,7 @@
 __all__ = ['Scorer', 'IMPORTANCES', 'importance', 'measure_importance', 'gated', 'head_importance', 'ablation_importance',
            'channel_statistics', 'flap_importance', 'magnitude_importance', 'random_importance']
 
-# %% ../../nbs/sleep/head_importance.ipynb #eb83959b
+# %% ../../nbs/sleep/head_importance.ipynb #255cd7cf
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .architecture import AttentionBlock, attention_blocks
+from .architecture import AttentionBlock, attention_blocks, evaluating
 
 # %% ../../nbs/sleep/head_importance.ipynb #ea7dd4b4
 Scorer = Callable[..., list[Tensor]]
@@ -52,7 +52,7 @@ def measure_importance(
         raise ValueError(f"method must be one of {', '.join(sorted(IMPORTANCES))}, got {method!r}")
     return IMPORTANCES[method](model, sequences, batch_size=batch_size, enough=enough, seed=seed)
 
-# %% ../../nbs/sleep/head_importance.ipynb #19b2cfc3
+# %% ../../nbs/sleep/head_importance.ipynb #6644fc4b
 @contextmanager
 def gated(
     blocks: list[AttentionBlock],  # the attention modules
@@ -76,23 +76,12 @@ def gated(
             handle.remove()
 
 
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
-
-
 def _loss(model: nn.Module, batch: Tensor) -> Tensor:
     "Summed negative log-likelihood of `batch` in nats."
     logits = model(input_ids=batch, use_cache=False).logits[:, :-1]
     return nn.functional.cross_entropy(logits.float().flatten(0, 1), batch[:, 1:].flatten(), reduction="sum")
 
-# %% ../../nbs/sleep/head_importance.ipynb #3e0d2420
+# %% ../../nbs/sleep/head_importance.ipynb #767df7fb
 @importance("gradient")
 def head_importance(
     model: nn.Module,  # a causal language model
@@ -111,7 +100,7 @@ def head_importance(
     blocks, device = attention_blocks(model), next(model.parameters()).device
     totals = [torch.zeros(b.groups, dtype=torch.float64, device=device) for b in blocks]
     seen = 0
-    with _evaluating(model), torch.enable_grad():
+    with evaluating(model), torch.enable_grad():
         for batch in sequences.to(device).split(batch_size):
             gates = [torch.ones(len(batch), b.groups, device=device, requires_grad=True) for b in blocks]
             with gated(blocks, gates):
@@ -123,7 +112,7 @@ def head_importance(
                 break
     return [(total / seen).cpu() for total in totals]
 
-# %% ../../nbs/sleep/head_importance.ipynb #f283f13c
+# %% ../../nbs/sleep/head_importance.ipynb #22927815
 @importance("ablation")
 @torch.no_grad()
 def ablation_importance(
@@ -142,7 +131,7 @@ def ablation_importance(
     every = [(i, g) for i, block in enumerate(blocks) for g in range(block.groups)]
     grown = torch.zeros(len(every), dtype=torch.float64)
     seen = 0
-    with _evaluating(model):
+    with evaluating(model):
         for batch in sequences.to(device).split(batch_size):
             whole = float(_loss(model, batch))
             for row, (i, group) in enumerate(every):
@@ -155,7 +144,7 @@ def ablation_importance(
                 break
     return list((grown / seen).split([b.groups for b in blocks]))
 
-# %% ../../nbs/sleep/head_importance.ipynb #90b98a4c
+# %% ../../nbs/sleep/head_importance.ipynb #c5f34f75
 @torch.no_grad()
 def channel_statistics(
     model: nn.Module,  # a causal language model
@@ -178,7 +167,7 @@ def channel_statistics(
     handles = [b.out.register_forward_pre_hook(hook(total)) for b, total in zip(blocks, sums, strict=True)]
     seen = 0
     try:
-        with _evaluating(model):
+        with evaluating(model):
             for batch in sequences.to(device).split(batch_size):
                 model(input_ids=batch, use_cache=False, logits_to_keep=1)
                 seen += batch.numel()

@@ -79,7 +79,7 @@ def heads_of_groups(
         for layer, chosen in groups.items()
     }
 
-# %% ../../nbs/sleep/head_surgery.ipynb #dd5d0992
+# %% ../../nbs/sleep/head_surgery.ipynb #fd5e5fe7
 def touched_modules(block: AttentionBlock) -> list[nn.Module]:
     "The modules of `block` that `prune_groups` changes."
     m: Any = block.module
@@ -90,9 +90,10 @@ def check_prunable(block: AttentionBlock) -> None:
     "Raise TypeError when a projection of `block` is quantised, because packed weights cannot be cut."
     module: Any
     for module in touched_modules(block)[1:]:
-        if not module.weight.is_floating_point() or hasattr(module.weight, "quant_state"):
+        weight = getattr(module, "weight", None)
+        if not isinstance(weight, Tensor) or not weight.is_floating_point() or hasattr(weight, "quant_state"):
             raise TypeError(
-                f"{block.name}: {type(module).__name__} holds {module.weight.dtype} weights; heads can only be cut out "
+                f"{block.name}: {type(module).__name__} holds {getattr(weight, 'dtype', 'packed')} weights; heads can only be cut out "
                 "of floating-point weights, so prune before quantising"
             )
 

@@ -151,7 +151,7 @@ def text_rarity(
     "The logarithm of how many times fewer texts than all have each dimension, plus one: float32 of shape [dims]."
     return torch.log((1 + len(vectors)) / (1 + (vectors > 0).sum(0))) + 1
 
-# %% ../../nbs/sleep/merging.ipynb #88a22a33
+# %% ../../nbs/sleep/merging.ipynb #2effe63c
 class HiddenStateMemory:
     """
     Hidden states with a value each (a token, a position, any id), found again by cosine similarity.
@@ -170,6 +170,7 @@ class HiddenStateMemory:
         self.same_value, self.average = same_value, average
         self.keys, self.values = torch.empty(0, dim), torch.empty(0, dtype=torch.long)
         self.counts, self.sources = torch.empty(0, dtype=torch.long), list[tuple[int, ...]]()
+        self._next_id = 0
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -181,7 +182,9 @@ class HiddenStateMemory:
         sources: Iterable[int] | None = None,  # where each came from; by default its number of insertion
     ) -> None:
         "Store states. ValueError when the shapes do not fit."
-        ids = list(range(sum(self.counts.tolist()), sum(self.counts.tolist()) + len(keys)) if sources is None else sources)
+        known = [i for held in self.sources for i in held if isinstance(i, int)]
+        first = max([self._next_id, *(i + 1 for i in known)])  # ids of what was dropped are not given again
+        ids = list(range(first, first + len(keys)) if sources is None else sources)
         if keys.ndim != 2 or keys.shape[1] != self.keys.shape[1] or values.shape != keys.shape[:1] or len(ids) != len(keys):
             raise ValueError(
                 f"keys must have shape [n, {self.keys.shape[1]}], values [n] and sources n ids, "
@@ -191,6 +194,7 @@ class HiddenStateMemory:
         self.values = torch.cat([self.values, values.long().cpu()])
         self.counts = torch.cat([self.counts, torch.ones(len(keys), dtype=torch.long)])
         self.sources += [(i,) for i in ids]
+        self._next_id = max([first, *(i + 1 for i in ids if isinstance(i, int))])
 
     def search(
         self,

@@ -6,7 +6,7 @@
 __all__ = ['METHODS', 'dream', 'cross_entropy', 'divergence', 'Rehearsal', 'StoredReplay', 'LearningWithoutForgetting',
            'ElasticWeightConsolidation', 'Replay', 'between', 'WeightAverage', 'LowRank', 'forgetting', 'rehearse']
 
-# %% ../../nbs/sleep/rehearsal.ipynb #92a330f9
+# %% ../../nbs/sleep/rehearsal.ipynb #c242e83c
 import copy
 import importlib.util
 import math
@@ -20,7 +20,9 @@ from torch.func import functional_call
 from transformers import DynamicCache
 from transformers.pytorch_utils import Conv1D
 
-# %% ../../nbs/sleep/rehearsal.ipynb #2412b607
+from .architecture import evaluating
+
+# %% ../../nbs/sleep/rehearsal.ipynb #58ffe8e1
 @torch.no_grad()
 def dream(
     model: Any,  # a causal language model of `transformers`
@@ -46,12 +48,11 @@ def dream(
     if not 2 <= length <= positions:
         raise ValueError(f"length must be from 2 to {positions}, the model's positions, got {length!r}")
     chain = max(1, min(chain, positions // length, sequences))
-    device, training = embedding.weight.device, model.training
+    device = embedding.weight.device
     generator = torch.Generator(device).manual_seed(seed)
     start = next((t for t in (config.bos_token_id, config.eos_token_id) if isinstance(t, int)), None)
-    model.eval()
     done: list[Tensor] = []
-    try:
+    with evaluating(model):
         for first in range(0, -(-sequences // chain), batch_size):
             rows = min(batch_size, -(-sequences // chain) - first)
             token = torch.randint(0, embedding.num_embeddings, (rows, 1), generator=generator, device=device)
@@ -63,8 +64,6 @@ def dream(
             whole = len(tokens) // length * length
             if whole:
                 done.append(torch.cat(tokens[:whole], 1).view(-1, length))
-    finally:
-        model.train(training)
     return torch.cat(done)[:sequences] if done else torch.empty(0, length, dtype=torch.long, device=device)
 
 # %% ../../nbs/sleep/rehearsal.ipynb #9856a540
@@ -279,7 +278,7 @@ def forgetting(model: Any, values: dict[str, Tensor], probe: Tensor) -> float:
         own += float(torch.distributions.Categorical(logits=old).entropy().mean()) * len(rows)
     return apart / max(own, 1e-9)
 
-# %% ../../nbs/sleep/rehearsal.ipynb #b6b31656
+# %% ../../nbs/sleep/rehearsal.ipynb #a2e7a591
 _WAYS = (1.0, 0.85, 0.7, 0.55, 0.4, 0.3, 0.2, 0.15, 0.1, 0.05)  # shares of the way that are searched, the longest first
 
 def rehearse(
@@ -305,7 +304,7 @@ def rehearse(
     when a method's package is missing, FloatingPointError for a loss that is not finite; the model is then as it was.
     """
     cls = _checked(model, day, method, steps, learning_rate, batch_size, ratio, max_forgetting)
-    length, device, training = day.shape[1], next(model.parameters()).device, model.training
+    length, device = day.shape[1], next(model.parameters()).device
     strength = cls.strength if strength is None else strength
     cls.check(strength, stored, length)
     if stored is not None:
@@ -319,13 +318,12 @@ def rehearse(
 
     replayed = min(max(1, round(batch_size * ratio)), batch_size - 1)
     plan = cls(model, strength, dreams, stored, steps * replayed)
-    model.eval()
-    try:
+    with evaluating(model):
         probe = None if max_forgetting is None else dreams(8, 1)
         sample = day[:8].to(device)
         with torch.no_grad():
             report["loss_before"] = report["loss_after"] = float(cross_entropy(_logits(model, {}, sample), sample))
-        with torch.random.fork_rng(devices=[]):  # adapters start at random
+        with torch.random.fork_rng():  # adapters start at random; the generators of all devices come back
             torch.manual_seed(seed)
             student = plan.student().eval()
         plan.prepare(student)
@@ -346,8 +344,6 @@ def rehearse(
                 report["loss_after"] = float(cross_entropy(_logits(model, values, sample), sample))
                 for name, value in values.items():
                     model.get_parameter(name).copy_(value)
-    finally:
-        model.train(training)
     return report
 
 def _train(

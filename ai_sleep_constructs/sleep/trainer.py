@@ -26,7 +26,7 @@ from .head_surgery import pruned_layers
 from .modes import SleepMode, SleepTrigger
 from .report import SleepReport
 
-# %% ../../nbs/sleep/trainer.ipynb #54f6a524
+# %% ../../nbs/sleep/trainer.ipynb #f28c06b1
 _log = logging.getLogger(__name__)
 
 @dataclass
@@ -171,7 +171,7 @@ class SleepCallback(TrainerCallback):
         if model is None or c.optimizer is None:
             night.error = "the controller was unbound during the training"
             return
-        training, nights = model.training, c.total_sleep_cycles
+        training, nights = [module for module in model.modules() if module.training], c.total_sleep_cycles
         c.rebind(day=self.day())
         try:
             night.slept = c.initiate_sleep(trigger, mode)
@@ -182,7 +182,8 @@ class SleepCallback(TrainerCallback):
             _log.exception("the night at step %d broke off; training goes on", step)
         finally:
             c.wake_up()
-            model.train(training)
+            for module in training:
+                module.training = True
         night.report = c.last_report if c.total_sleep_cycles > nights else None
         night.replaced = {} if night.report is None else dict(night.report.replaced)
         lost = [name for name, fate in night.replaced.items() if fate == "untrained"]

@@ -79,7 +79,7 @@ def choose_in_rounds(
             break
     return chosen, first
 
-# %% ../../../nbs/sleep/strategies/head_pruning.ipynb #13e33081
+# %% ../../../nbs/sleep/strategies/head_pruning.ipynb #f61ff895
 @register
 @dataclass
 class AttentionHeadPruning(Strategy):
@@ -139,9 +139,6 @@ class AttentionHeadPruning(Strategy):
         model, calibration = context.need("model", "calibration")
         blocks = attention_blocks(model)
         before = sum(p.numel() for p in model.parameters())
-        if context.session is not None:
-            unpack_cache(context.session.cache)
-
         def out_of_time() -> bool:
             return context.remaining <= 0
 
@@ -154,6 +151,7 @@ class AttentionHeadPruning(Strategy):
         if out_of_time():  # an estimate from part of the text would prune other heads on a slower machine
             return {"pruned": {}, "stopped": "the sleep's duration was used up while importance was measured"}
         if chosen and context.session is not None:
+            unpack_cache(context.session.cache)
             check_evictable(context.session.cache)
         pruned: dict[str, list[int]] = {}
         for layer, groups in chosen.items():

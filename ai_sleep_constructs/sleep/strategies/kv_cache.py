@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['KVCacheManagement']
 
-# %% ../../../nbs/sleep/strategies/kv_cache.ipynb #e29f30f6
+# %% ../../../nbs/sleep/strategies/kv_cache.ipynb #c51108f4
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,11 +15,11 @@ from transformers import DynamicCache
 from ..eviction import OBSERVERS, POLICIES, budget, evict, observe, unbroken
 from ..kv_quantization import LayersSnapshot, pack_cache, unpack_cache
 from ..modes import OptimizationStrategy, SleepMode
-from ..session import cache_nbytes, cache_tokens
+from ..session import cache_nbytes, cache_tokens, check_window, sliding_window
 from ..state import LMModelState
 from .base import SleepContext, Strategy, register
 
-# %% ../../../nbs/sleep/strategies/kv_cache.ipynb #71c82654
+# %% ../../../nbs/sleep/strategies/kv_cache.ipynb #3d621ef7
 @register
 @dataclass
 class KVCacheManagement(Strategy):
@@ -60,6 +60,8 @@ class KVCacheManagement(Strategy):
         "There must be a session that has served something."
         if context.session is None:
             return "no session is bound, so there is no cache"
+        if context.model is not None and (window := sliding_window(context.model)) is not None:
+            return f"the model attends through a sliding window of {window} tokens, which counts cache entries and not positions"
         return "" if context.session.cache_tokens else "the cache is empty"
 
     def snapshot(self, context: SleepContext) -> LayersSnapshot:
@@ -75,6 +77,7 @@ class KVCacheManagement(Strategy):
         position: int,  # the true position that the next token will have
     ) -> dict[str, Any]:
         "Evict, then quantise; returns tokens and bytes before and after. Errors as of `evict`, `observe` and `pack_cache`."
+        check_window(model)
         tokens, before = cache_tokens(cache), cache_nbytes(cache)
         if budget(retention, tokens) < tokens:
             unpack_cache(cache)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['last_hidden_states', 'fit_norms', 'LayerNormRecalibration']
 
-# %% ../../../nbs/sleep/strategies/layer_norm.ipynb #422df227
+# %% ../../../nbs/sleep/strategies/layer_norm.ipynb #3d3d0083
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from ...reference.loading import load_model
-from ..architecture import norm_modules, norm_parameters
+from ..architecture import evaluating, norm_modules, norm_parameters
 from ..modes import OptimizationStrategy, SleepMode
 from ..snapshot import AttributeSnapshot, ModuleSnapshot, Snapshots
 from .base import SleepContext, Strategy, register
 
-# %% ../../../nbs/sleep/strategies/layer_norm.ipynb #f3f98389
+# %% ../../../nbs/sleep/strategies/layer_norm.ipynb #28e1566b
 @torch.no_grad()
 def last_hidden_states(
     model: Any,  # a causal language model of `transformers`
@@ -37,15 +37,11 @@ def last_hidden_states(
         if memory < size:
             raise ValueError(f"memory must hold the states of one sequence, {size:.3g} MiB, got {memory!r}")
         sequences = sequences[: int(memory / size)]
-    training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         batches = sequences.to(next(model.parameters()).device).split(batch_size)
         return torch.cat([model.base_model(input_ids=b, use_cache=False).last_hidden_state for b in batches])
-    finally:
-        model.train(training)
 
-# %% ../../../nbs/sleep/strategies/layer_norm.ipynb #5080fddb
+# %% ../../../nbs/sleep/strategies/layer_norm.ipynb #08cb1089
 def fit_norms(
     model: Any,  # a causal language model of `transformers`; its norms are changed in place
     sequences: Tensor,  # text to fit on, int64 of shape [N, T]
@@ -68,7 +64,7 @@ def fit_norms(
     fitted = norm_parameters(model) if parameters is None else parameters
     master = {name: p.detach().float().clone().requires_grad_() for name, p in fitted.items()}
     dtypes = {name: p.dtype for name, p in fitted.items()}
-    head, training = model.get_output_embeddings(), model.training
+    head = model.get_output_embeddings()
 
     def loss(rows: Tensor) -> Tensor:
         cast = {name: value.to(dtypes[name]) for name, value in master.items()}
@@ -84,8 +80,7 @@ def fit_norms(
             measured = torch.arange(min(len(sequences), 16), device=device)
             return sum(float(loss(rows)) * len(rows) for rows in measured.split(batch_size)) / len(measured)
 
-    model.eval()
-    try:
+    with evaluating(model):
         before, done = mean_loss(), 0
         if teacher is not None and before < 1e-6:
             return {"steps": 0, "loss_before": before, "loss_after": before}
@@ -102,8 +97,6 @@ def fit_norms(
             decay.step()
             done += 1
         after = mean_loss()
-    finally:
-        model.train(training)
     if not after < before:
         return {"steps": 0, "loss_before": before, "loss_after": before}
     with torch.no_grad():

@@ -5,11 +5,10 @@
 # %% auto #0
 __all__ = ['StoreSnapshot', 'SemanticConsolidation']
 
-# %% ../../../nbs/sleep/strategies/semantic_consolidation.ipynb #fad92674
+# %% ../../../nbs/sleep/strategies/semantic_consolidation.ipynb #09c8a521
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..modes import OptimizationStrategy, SleepMode
@@ -18,7 +17,7 @@ from ..snapshot import AttributeSnapshot, ModuleSnapshot, Restorable, Snapshots
 from ..state import LMModelState
 from .base import Consolidatable, SleepContext, Strategy, register
 
-# %% ../../../nbs/sleep/strategies/semantic_consolidation.ipynb #f5bd6a1c
+# %% ../../../nbs/sleep/strategies/semantic_consolidation.ipynb #5a6842d7
 class StoreSnapshot:
     "A memory as it was, by its own protocol."
 
@@ -74,7 +73,10 @@ class SemanticConsolidation(Strategy):
         "The day's text as sequences, int64 of shape [N, T]; None when there is not one."
         if context.day is not None:
             return context.day if len(context.day) else None
-        recent, length = context.session.recent if context.session is not None else torch.empty(0), self.rehearsal_tokens
+        session, length = context.session, self.rehearsal_tokens
+        if session is None or session.served == session.consolidated:  # nothing came since the day was last rehearsed
+            return None
+        recent = session.recent[-(session.served - session.consolidated) :]
         return recent[-(len(recent) // length * length) :].view(-1, length) if len(recent) >= length else None
 
     def _no_rehearsal(self, context: SleepContext) -> str:
@@ -84,7 +86,7 @@ class SemanticConsolidation(Strategy):
         if reason := super().ready(context):
             return reason
         if self._day(context) is None:
-            return f"there is no text of the day, or less than {self.rehearsal_tokens} tokens"
+            return f"nothing new was served since the last rehearsal, or less than {self.rehearsal_tokens} tokens"
         if METHODS[self.rehearsal_method].needs_stored and context.calibration is None:
             return f"{self.rehearsal_method} needs text of old, but no calibration text is bound"
         return ""
@@ -98,6 +100,8 @@ class SemanticConsolidation(Strategy):
         saved: list[Restorable] = [AttributeSnapshot(context.state, "semantic_memory")]
         saved += [StoreSnapshot(store) for store in context.stores.values() if len(store)]
         if not self._no_rehearsal(context):
+            if context.session is not None:
+                saved.append(AttributeSnapshot(context.session, "consolidated"))
             saved.append(ModuleSnapshot(METHODS[self.rehearsal_method].touched(context.need("model"))))
         return Snapshots(*saved)
 
@@ -133,6 +137,8 @@ class SemanticConsolidation(Strategy):
             seed=self.rehearsal_seed,
             remaining=lambda: context.remaining,
         )
+        if report["steps"] and context.day is None and context.session is not None:
+            context.session.consolidated = context.session.served
         return {**report, "sequences": len(day) if report["steps"] else 0}
 
     def record_empty(self, state: LMModelState) -> dict[str, Any]:
