@@ -11,6 +11,7 @@ from ai_sleep_constructs.sleep.alerts import AlertGate
 from ai_sleep_constructs.sleep.anomalies import METHODS, AnomalyDetector
 from ai_sleep_constructs.sleep.drift import DriftDetector, calibration, odds
 from ai_sleep_constructs.sleep.monitor import LMPerformanceMonitor, PerformanceAlert
+from ai_sleep_constructs.workbench.streams import changed, stable
 
 
 def feed(detector: DriftDetector, values: Any) -> list[int]:
@@ -501,6 +502,33 @@ def test_the_shipped_calibration_keeps_its_promise() -> None:
     rates = table["false_alarms"]
     for kind, most in {"normal": 0.07, "t3": 0.07, "lognormal": 0.07, "ar0.7": 0.10, "ar0.9": 0.10}.items():
         assert rates[kind]["0.05"] <= most, kind
+
+
+@pytest.mark.parametrize(("kind", "target"), [("normal", 0.07), ("lognormal", 0.07), ("ar0.7", 0.10), ("ar0.9", 0.10)])
+def test_fresh_streams_agree_with_the_table_and_the_target(kind: str, target: float) -> None:
+    """Streams that the table was not made from: no more alarms than chance allows at the shipped rate, and at the target."""
+    from scipy.stats import binom
+
+    streams, hits = 15, 0
+    for number in range(10_000, 10_000 + streams):
+        detector = DriftDetector(seed=number)
+        hits += any(map(detector.update, stable(kind, number, 3_000).tolist()))
+    for rate in (calibration()["false_alarms"][kind]["0.05"], target):
+        assert hits <= binom.ppf(0.999, streams, rate)
+
+
+@pytest.mark.parametrize(("kind", "change", "target"), [
+    ("normal", "shift 1 sd", 35), ("normal", "shift 2 sd", 12), ("normal", "doubled sd", 25), ("ar0.7", "shift 1 sd", 140),
+])
+def test_delays_reach_the_targets(kind: str, change: str, target: int) -> None:
+    """The median of 21 streams, with two standard errors of it (bootstrap)."""
+    found = []
+    for number in range(20_000, 20_021):
+        detector = DriftDetector(seed=number)
+        alarms = [i - 1_999 for i, value in enumerate(changed(kind, change, number).tolist()) if detector.update(value) and i >= 2_000]
+        found.append(alarms[0] if alarms else math.inf)
+    error = np.std([np.median(np.random.default_rng(i).choice(found, len(found))) for i in range(200)])
+    assert np.median(found) <= target + 2 * error
 
 
 # alerts
