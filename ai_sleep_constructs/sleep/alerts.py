@@ -10,12 +10,12 @@ from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from typing import Any
 
-# %% ../../nbs/sleep/alerts.ipynb #09524a58
+# %% ../../nbs/sleep/alerts.ipynb #cc420741
 SEVERITIES = ("low", "medium", "high", "critical")
 KINDS = ("non_finite", "threshold_violation", "anomaly_detected", "drift_detected")
 
 
-@dataclass
+@dataclass(slots=True)
 class PerformanceAlert:
     """One alarm about one value of one metric; `timestamp` is in UTC."""
 
