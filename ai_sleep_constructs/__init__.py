@@ -25,6 +25,7 @@ if TYPE_CHECKING:
         configure_optimal_sleep_schedule,
         create_sleep_enabled_model,
     )
+    from ai_sleep_constructs.sleep.head_surgery import save_pruned
 
 __version__ = "0.1.0"
 
@@ -45,9 +46,10 @@ __all__ = [
     "create_sleep_enabled_model",
     "load_corpus",
     "load_model",
+    "save_pruned",
 ]
 
-_ELSEWHERE = {"load_corpus": "reference.corpus", "load_model": "reference.loading"}
+_ELSEWHERE = {"load_corpus": "reference.corpus", "load_model": "reference.loading", "save_pruned": "sleep.head_surgery"}
 
 
 def __getattr__(name: str) -> Any:

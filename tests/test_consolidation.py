@@ -299,7 +299,7 @@ def test_a_night_merges_and_rehearses_and_a_bad_one_is_undone():
     model, store = tiny(), a_store()
     context = SleepContext(LMModelState("tiny"), model, day=DAY, stores={"notes": store, "empty": TextMemory()})
     strategy = SemanticConsolidation(rehearsal_steps=2, memory_budget=0.75, rehearsal_max_forgetting=None)
-    before, context.guard = hash_model(model), Guard(1.0, 1.5)
+    before, context.guard = hash_model(model), Guard(1.0, 1.5, 1.0)
     assert run_transaction(strategy, context).status == "rolled_back"
     assert hash_model(model) == before and len(store) == 4 and not context.state.semantic_memory
     context.guard = Guard(1.0, 1.01)

@@ -235,7 +235,7 @@ def test_recalibration_to_the_day_adapts_to_its_text(reference):
     [
         AttentionHeadPruning(pruning_fraction=0.5, max_regression=0.0),
         LayerNormRecalibration(recalibration_objective="text", recalibration_rate=0.1, max_regression=0.0),
-        KVCacheManagement(kv_cache_retention=1, max_regression=0.0),
+        KVCacheManagement(kv_cache_retention=2, max_regression=0.0),
     ],
     ids=lambda s: s.label(),
 )

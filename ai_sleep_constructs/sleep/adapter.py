@@ -6,11 +6,12 @@
 __all__ = ['MANAGED', 'SCHEDULES', 'Completion', 'complete', 'HuggingFaceModelAdapter', 'create_sleep_enabled_model',
            'configure_optimal_sleep_schedule']
 
-# %% ../../nbs/sleep/adapter.ipynb #55170a1d
+# %% ../../nbs/sleep/adapter.ipynb #94353e10
 import logging
 import math
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from .controller import AISleepController
+from .head_surgery import save_pruned
 from .modes import SleepMode, SleepTrigger
 from .session import Session, cache_nbytes
 
@@ -86,7 +88,7 @@ def complete(
     written = nn.functional.cross_entropy(torch.cat(output.logits).float(), tokens, reduction="none")
     return Completion(tokens.cpu(), torch.cat([read, written]).cpu(), cache)
 
-# %% ../../nbs/sleep/adapter.ipynb #74baf301
+# %% ../../nbs/sleep/adapter.ipynb #dbd963cc
 _log = logging.getLogger(__name__)
 
 class HuggingFaceModelAdapter:
@@ -100,10 +102,15 @@ class HuggingFaceModelAdapter:
         auto_adapt: bool = True,  # whether strategies that adapt training are run
         *,
         tokenizer: Any = None,  # the model's tokenizer, for the guard set and to serve text
+        controller: AISleepController | None = None,  # one to go on with, such as a loaded one, instead of a new one
         **binding: Any,  # further arguments of `AISleepController.bind`, such as guard= and calibration=
     ):
         self.model, self.model_id, self.tokenizer = model, model_id, tokenizer
-        self.controller = AISleepController(model_id, enable_monitoring, auto_adapt)
+        if controller is not None and not isinstance(controller, AISleepController):
+            raise TypeError(f"controller must be an AISleepController, got {type(controller).__name__}")
+        if controller is not None and controller.model_id != model_id:
+            raise ValueError(f"controller is that of {controller.model_id!r}, not of model_id={model_id!r}")
+        self.controller = AISleepController(model_id, enable_monitoring, auto_adapt) if controller is None else controller
         self.session = None if model is None else Session(model)
         if model is not None:
             self.controller.bind(model, tokenizer, session=self.session, **binding)
@@ -126,19 +133,19 @@ class HuggingFaceModelAdapter:
 
     def initiate_light_sleep(
         self,
-        duration: float = 300,  # time budget in seconds
+        duration: float | None = None,  # time budget in seconds; None: the configured one, 300 at first
     ) -> bool:
         "Go into light sleep; False, with one warning, while sleep is disabled."
         return self._sleep(SleepMode.LIGHT_SLEEP, duration)
 
     def initiate_deep_sleep(
         self,
-        duration: float = 1800,  # time budget in seconds
+        duration: float | None = None,  # time budget in seconds; None: the configured one, 1800 at first
     ) -> bool:
         "Go into deep sleep; False, with one warning, while sleep is disabled."
         return self._sleep(SleepMode.DEEP_SLEEP, duration)
 
-    def _sleep(self, mode: SleepMode, duration: float) -> bool:
+    def _sleep(self, mode: SleepMode, duration: float | None) -> bool:
         if not self.sleep_enabled:
             if not self._warned:
                 _log.warning("sleep is disabled for %s; call enable_sleep_cycles() first", self.model_id)
@@ -228,6 +235,22 @@ class HuggingFaceModelAdapter:
             self.controller.model_state.record_metric(name, value)
             if self.controller.performance_monitor is not None:
                 self.controller.performance_monitor.track_metric(name, value)
+
+    def save(
+        self,
+        folder: str | Path,  # where to; a checkpoint that is there is replaced in one step
+    ) -> Path:
+        """
+        Write the model as it is now, heads cut out or not, with its tokenizer, so that `load_model(folder)` gives it back.
+
+        RuntimeError while the model sleeps or without a model or a tokenizer; otherwise errors as `head_surgery.save_pruned`.
+        """
+        if self.model is None or self.tokenizer is None:
+            raise RuntimeError(f"{self.model_id} has no {'model' if self.model is None else 'tokenizer'}, so it cannot be saved")
+        with self.controller.awake():
+            if self.controller.model_state.current_mode is not SleepMode.AWAKE:
+                raise RuntimeError(f"{self.model_id} is asleep; call wake_model() first")
+            return save_pruned(self.model, folder, self.tokenizer)
 
     def get_model_status(self) -> dict[str, Any]:
         "What the model is, whether it may sleep, how it slept, and what the monitor saw."

@@ -28,7 +28,7 @@ from .strategies.base import SleepContext, Strategy, StrategyReport, run_transac
 from .transition_guards import Transition, refusal, transition_guards
 from .triggers import Threshold, Waking, check_threshold, fired
 
-# %% ../../nbs/sleep/controller.ipynb #47c339c2
+# %% ../../nbs/sleep/controller.ipynb #4c9dc729
 EVENTS = ("on_sleep_start", "on_sleep_end", "on_optimization_complete")
 KIND = "AISleepController"
 _log = logging.getLogger(__name__)
@@ -140,7 +140,7 @@ class AISleepController(Binding):
             raise TypeError(f"trigger must be a SleepTrigger, got {trigger!r}")
         mode = self._determine_sleep_mode(trigger) if mode is None else mode
         if mode not in SLEEPS:
-            raise ValueError(f"mode must be light_sleep or deep_sleep, got {mode!r}")
+            raise ValueError(f"mode must be SleepMode.LIGHT_SLEEP or SleepMode.DEEP_SLEEP, got {mode!r}")
         budget = self._config(mode)["duration"] if duration is None else check_duration(duration)
         with self._lock:
             if not self._may(mode, trigger):

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['URGENCY', 'SleepCoordinator']
 
-# %% ../../nbs/sleep/coordinator.ipynb #9545c727
+# %% ../../nbs/sleep/coordinator.ipynb #8dc8ca89
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from .adapter import HuggingFaceModelAdapter
 from .controller import AISleepController
 from .modes import SleepMode, SleepTrigger
 from .report import SleepReport
@@ -37,12 +38,12 @@ class _Ticket:
     overtaken: int = 0  # how often a later one was let in first
     granted: bool = False
 
-# %% ../../nbs/sleep/coordinator.ipynb #88083a31
+# %% ../../nbs/sleep/coordinator.ipynb #a169361d
 class SleepCoordinator:
     """
     Lets the members of an ensemble sleep in turn, with at least `min_awake` of them awake.
 
-    Members are controllers, or services of `sleep.service`. While a coordinator is open, a night that a member begins without a
+    Members are controllers, adapters with theirs, or services of `sleep.service`. While a coordinator is open, a night that a member begins without a
     permit is refused by a start callback. A service with `while_asleep="serve"` answers in its sleep, but takes a turn like
     the others, which also bounds how many copies of models there are. Threads: one for each model that waits or sleeps by
     `request_sleep`. All methods may be called from several threads. A context manager; `close` ends it.
@@ -50,13 +51,15 @@ class SleepCoordinator:
 
     def __init__(
         self,
-        members: Iterable[AISleepController | SleepService],  # two or more, awake, with different names
+        members: Iterable[AISleepController | SleepService | HuggingFaceModelAdapter],  # two or more, awake, with different names
         min_awake: int = 1,  # how many of them are awake at any time
     ):
         self.members: dict[str, AISleepController | SleepService] = {}
         for member in members:
+            if isinstance(member, HuggingFaceModelAdapter):
+                member = member.controller
             if not isinstance(member, (AISleepController, SleepService)):
-                raise TypeError(f"members must be AISleepControllers or SleepServices, got {type(member).__name__}")
+                raise TypeError(f"members must be AISleepControllers, adapters or SleepServices, got {type(member).__name__}")
             controller = self._controller(member)
             if controller.model_id in self.members:
                 raise ValueError(f"members: two are named {controller.model_id!r}; give each its own model_id")

@@ -66,7 +66,7 @@ def dream(
                 done.append(torch.cat(tokens[:whole], 1).view(-1, length))
     return torch.cat(done)[:sequences] if done else torch.empty(0, length, dtype=torch.long, device=device)
 
-# %% ../../nbs/sleep/rehearsal.ipynb #9856a540
+# %% ../../nbs/sleep/rehearsal.ipynb #a4e2cf3d
 def cross_entropy(logits: Tensor, ids: Tensor) -> Tensor:
     "Mean nats a token of `ids` [B, T] under `logits` [B, T, V]."
     return nn.functional.cross_entropy(logits[:, :-1].float().flatten(0, 1), ids[:, 1:].flatten())
@@ -82,6 +82,7 @@ class Rehearsal:
     "Train on the day's text and do nothing against forgetting: the control, and the base of the other methods."
     name: ClassVar[str] = "naive"
     strength: ClassVar[float] = 0.0  # default of the option `strength`; what it means is the method's own
+    strengths: ClassVar[tuple[float, float, str]] = (0.0, math.inf, "a finite number of 0 or more")  # which are allowed
     needs_stored: ClassVar[bool] = False  # whether it needs text of old
 
     def __init_subclass__(cls) -> None:
@@ -116,10 +117,17 @@ class Rehearsal:
         return list(model.modules())
 
     @classmethod
+    def check_strength(cls, strength: Any) -> None:
+        "ValueError for a strength that the method cannot work with."
+        least, most, allowed = cls.strengths
+        number = isinstance(strength, (int, float)) and not isinstance(strength, bool) and math.isfinite(strength)
+        if not number or not least <= strength <= most or ("whole" in allowed and strength != int(strength)):
+            raise ValueError(f"strength of {cls.name} must be {allowed}, got {strength!r}")
+
+    @classmethod
     def check(cls, strength: float, stored: Tensor | None, length: int) -> None:
         "ValueError for a strength or old text that the method cannot work with."
-        if isinstance(strength, bool) or not isinstance(strength, (int, float)) or not 0 <= strength < math.inf:
-            raise ValueError(f"strength must be a finite number of 0 or more, got {strength!r}")
+        cls.check_strength(strength)
         if cls.needs_stored and (stored is None or stored.ndim != 2 or not len(stored) or stored.shape[1] < length):
             found = "none" if stored is None else str(list(stored.shape))
             raise ValueError(f"stored: {cls.name} needs text of old of shape [M, {length} or more], got {found}")
@@ -132,7 +140,7 @@ class Rehearsal:
 
 METHODS["naive"] = Rehearsal
 
-# %% ../../nbs/sleep/rehearsal.ipynb #c8d4d08a
+# %% ../../nbs/sleep/rehearsal.ipynb #1689dd31
 class StoredReplay(Rehearsal):
     "Mix old text into each step (Robins 1995); `strength` weighs its loss against the day's."
     name, strength, needs_stored = "stored_replay", 1.0, True
@@ -213,14 +221,7 @@ def between(model: Any, values: dict[str, Tensor], way: float) -> dict[str, Tens
 
 class WeightAverage(Rehearsal):
     "Train on the day, then go back part of the way (Wortsman et al. 2022); `strength` is the share of the way kept."
-    name, strength = "weight_average", 0.5
-
-    @classmethod
-    def check(cls, strength: float, stored: Tensor | None, length: int) -> None:
-        "The share is at most one."
-        super().check(strength, stored, length)
-        if strength > 1:
-            raise ValueError(f"strength of weight_average is a share from 0 to 1, got {strength!r}")
+    name, strength, strengths = "weight_average", 0.5, (0.0, 1.0, "a share from 0 to 1")
 
     def result(self, student: Any) -> dict[str, Tensor]:
         "The mean of the old and the new weights."
@@ -228,13 +229,12 @@ class WeightAverage(Rehearsal):
 
 class LowRank(Rehearsal):
     "Train low-rank adapters on the linear layers, by `peft`, and merge them (Hu et al. 2022); `strength` is their rank."
-    name, strength = "lora", 8.0
+    name, strength, strengths = "lora", 8.0, (1.0, math.inf, "a rank, which is a whole number of 1 or more")
 
     @classmethod
     def check(cls, strength: float, stored: Tensor | None, length: int) -> None:
-        "The rank is a whole number, and `peft` is there: ImportError when it is not."
-        if strength < 1 or strength != int(strength):
-            raise ValueError(f"strength of lora is its rank, a whole number of 1 or more, got {strength!r}")
+        "`peft` must be there: ImportError when it is not."
+        super().check(strength, stored, length)
         if importlib.util.find_spec("peft") is None:
             raise ImportError("the rehearsal method lora needs the package peft: pip install 'ai-sleep-constructs[lora]'")
 

@@ -19,7 +19,7 @@ from ..session import cache_nbytes, cache_tokens, check_window, sliding_window
 from ..state import LMModelState
 from .base import SleepContext, Strategy, register
 
-# %% ../../../nbs/sleep/strategies/kv_cache.ipynb #3d621ef7
+# %% ../../../nbs/sleep/strategies/kv_cache.ipynb #e33dc228
 @register
 @dataclass
 class KVCacheManagement(Strategy):
@@ -41,9 +41,9 @@ class KVCacheManagement(Strategy):
         super().__post_init__()
         kept, share = self.kv_cache_retention, self.kv_cache_recent
         fraction = isinstance(kept, float) and 0 < kept <= 1
-        tokens = isinstance(kept, int) and not isinstance(kept, bool) and kept >= 1
+        tokens = isinstance(kept, int) and not isinstance(kept, bool) and kept >= 2
         if not (fraction or tokens):
-            raise ValueError(f"kv_cache_retention must be a float in (0, 1] or an int of 1 or more, got {kept!r}")
+            raise ValueError(f"kv_cache_retention must be a share (a float in (0, 1]) or a number of tokens (an int of 2 or more), got {kept!r}")
         if self.kv_cache_policy not in {**POLICIES, **OBSERVERS}:
             known = ", ".join([*POLICIES, *OBSERVERS])
             raise ValueError(f"kv_cache_policy must be one of {known}, got {self.kv_cache_policy!r}")

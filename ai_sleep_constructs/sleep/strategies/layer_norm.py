@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['last_hidden_states', 'fit_norms', 'LayerNormRecalibration']
 
-# %% ../../../nbs/sleep/strategies/layer_norm.ipynb #3d3d0083
+# %% ../../../nbs/sleep/strategies/layer_norm.ipynb #b42a7b61
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -104,7 +105,7 @@ def fit_norms(
             parameter.copy_(master[name])
     return {"steps": done, "loss_before": before, "loss_after": after}
 
-# %% ../../../nbs/sleep/strategies/layer_norm.ipynb #b0d9f1ff
+# %% ../../../nbs/sleep/strategies/layer_norm.ipynb #22e78030
 _SCALED = ("final_logit_softcapping", "logits_scaling", "logit_scale")  # settings with which logits are not head(hidden)
 
 @register
@@ -116,7 +117,7 @@ class LayerNormRecalibration(Strategy):
     recalibration_steps: int = 24  # optimizer steps at most
     recalibration_rate: float = 1e-2  # learning rate at the start
     recalibration_memory: float = 256.0  # MiB that the teacher's states may take
-    recalibration_teacher: str | None = None  # distil from this model, as `load_model` names it: the one before quantisation
+    recalibration_teacher: str | Path | None = None  # distil from this model, as `load_model` names it: the one before quantisation
 
     name = OptimizationStrategy.LAYER_NORM_RECALIBRATION
     modes = frozenset({SleepMode.DEEP_SLEEP})
@@ -128,12 +129,13 @@ class LayerNormRecalibration(Strategy):
             raise ValueError(f"recalibration_objective must be distil or text, got {self.recalibration_objective!r}")
         if type(self.recalibration_steps) is not int or self.recalibration_steps < 1:
             raise ValueError(f"recalibration_steps must be an int of 1 or more, got {self.recalibration_steps!r}")
-        if isinstance(self.recalibration_rate, bool) or not 0 < self.recalibration_rate <= 1:
+        rate, memory, teacher = self.recalibration_rate, self.recalibration_memory, self.recalibration_teacher
+        if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not 0 < rate <= 1:
             raise ValueError(f"recalibration_rate must be in (0, 1], got {self.recalibration_rate!r}")
-        if isinstance(self.recalibration_memory, bool) or not 0 < self.recalibration_memory < float("inf"):
+        if isinstance(memory, bool) or not isinstance(memory, (int, float)) or not 0 < memory < float("inf"):
             raise ValueError(f"recalibration_memory must be a finite number of MiB above 0, got {self.recalibration_memory!r}")
-        if self.recalibration_teacher is not None and not str(self.recalibration_teacher).strip():
-            raise ValueError("recalibration_teacher must name a model or a folder, got an empty text")
+        if teacher is not None and not (isinstance(teacher, (str, Path)) and str(teacher).strip()):
+            raise ValueError(f"recalibration_teacher must name a model or a folder, got {teacher!r}")
         if self.recalibration_teacher is not None and self.recalibration_objective != "distil":
             raise ValueError("recalibration_teacher goes with recalibration_objective='distil' only")
 

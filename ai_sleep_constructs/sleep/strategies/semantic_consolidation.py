@@ -17,7 +17,7 @@ from ..snapshot import AttributeSnapshot, ModuleSnapshot, Restorable, Snapshots
 from ..state import LMModelState
 from .base import Consolidatable, SleepContext, Strategy, register
 
-# %% ../../../nbs/sleep/strategies/semantic_consolidation.ipynb #5a6842d7
+# %% ../../../nbs/sleep/strategies/semantic_consolidation.ipynb #405bf37d
 class StoreSnapshot:
     "A memory as it was, by its own protocol."
 
@@ -59,7 +59,12 @@ class SemanticConsolidation(Strategy):
             raise ValueError(f"memory_budget must be a float in (0, 1] or an int of 1 or more, got {budget!r}")
         if self.rehearsal_method not in METHODS:
             raise ValueError(f"rehearsal_method must be one of {', '.join(METHODS)}, got {self.rehearsal_method!r}")
-        for option, least in (("rehearsal_steps", 0), ("rehearsal_batch", 2), ("rehearsal_tokens", 2)):
+        try:
+            method = METHODS[self.rehearsal_method]
+            method.check_strength(method.strength if self.rehearsal_strength is None else self.rehearsal_strength)
+        except ValueError as error:
+            raise ValueError(f"rehearsal_{error}") from None
+        for option, least in (("rehearsal_steps", 0), ("rehearsal_batch", 2), ("rehearsal_tokens", 2), ("rehearsal_seed", 0)):
             value = getattr(self, option)
             if type(value) is not int or value < least:
                 raise ValueError(f"{option} must be an int of {least} or more, got {value!r}")
