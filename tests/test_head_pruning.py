@@ -22,7 +22,7 @@ from transformers import (
 from ai_sleep_constructs import load_corpus, load_model
 from ai_sleep_constructs.reference.loading import CheckpointError
 from ai_sleep_constructs.reference.pruned import MANIFEST, groups_left
-from ai_sleep_constructs.sleep.architecture import attention_blocks
+from ai_sleep_constructs.reference.architecture import attention_blocks
 from ai_sleep_constructs.sleep.guard import GuardSet, sample_sequences
 from ai_sleep_constructs.sleep.hashing import hash_model
 from ai_sleep_constructs.sleep.head_importance import IMPORTANCES, channel_statistics, measure_importance

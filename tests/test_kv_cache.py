@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from ai_sleep_constructs import load_corpus, load_model
-from ai_sleep_constructs.sleep.architecture import attention_blocks
+from ai_sleep_constructs.reference.architecture import attention_blocks
 from ai_sleep_constructs.sleep.eviction import OBSERVERS, POLICIES, choose_entries, evict, observe, unbroken
 from ai_sleep_constructs.sleep.generation import generate, stream
 from ai_sleep_constructs.sleep.guard import GuardSet

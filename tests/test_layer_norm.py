@@ -8,7 +8,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, MistralConfig, MistralForC
 
 from ai_sleep_constructs import AISleepController, SleepMode, SleepTrigger, load_corpus, load_model
 from ai_sleep_constructs.reference.recipe import TrainingConfig, token_streams
-from ai_sleep_constructs.sleep.architecture import attention_blocks, norm_parameters
+from ai_sleep_constructs.reference.architecture import attention_blocks, norm_parameters
 from ai_sleep_constructs.sleep.guard import GuardSet, sample_sequences
 from ai_sleep_constructs.sleep.hashing import hash_model
 from ai_sleep_constructs.sleep.state import LMModelState

@@ -14,7 +14,7 @@ from ai_sleep_constructs import (
     load_corpus,
     load_model,
 )
-from ai_sleep_constructs.sleep.architecture import attention_blocks
+from ai_sleep_constructs.reference.architecture import attention_blocks
 from ai_sleep_constructs.sleep.guard import GuardSet
 from ai_sleep_constructs.sleep.head_surgery import prune_groups
 from ai_sleep_constructs.sleep.snapshot import ModuleSnapshot

@@ -36,7 +36,7 @@ from ai_sleep_constructs import (
     load_corpus,
     load_model,
 )
-from ai_sleep_constructs.sleep.architecture import attention_blocks, norm_parameters
+from ai_sleep_constructs.reference.architecture import attention_blocks, norm_parameters
 from ai_sleep_constructs.sleep.guard import GuardSet, sample_sequences
 from ai_sleep_constructs.sleep.hashing import hash_model
 from ai_sleep_constructs.sleep.report import read_journal

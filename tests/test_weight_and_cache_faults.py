@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, Qwen2Config
 
-from ai_sleep_constructs.sleep.architecture import evaluating
+from ai_sleep_constructs.reference.architecture import evaluating
 from ai_sleep_constructs.sleep.controller import AISleepController
 from ai_sleep_constructs.sleep.eviction import observe
 from ai_sleep_constructs.sleep.guard import GuardSet
@@ -218,7 +218,7 @@ def test_ids_of_dropped_entries_are_not_given_again() -> None:
 
 
 def test_a_projection_without_plain_weights_is_named() -> None:
-    from ai_sleep_constructs.sleep.architecture import attention_blocks
+    from ai_sleep_constructs.reference.architecture import attention_blocks
 
     model = tiny()
     block = attention_blocks(model)[0]

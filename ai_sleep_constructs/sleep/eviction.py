@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from .architecture import AttentionBlock, attention_blocks, evaluating
+from ..reference.architecture import AttentionBlock, attention_blocks, evaluating
 from .session import cache_nbytes, cache_tokens, check_evictable, check_window
 
 # %% ../../nbs/sleep/eviction.ipynb #3dd42336

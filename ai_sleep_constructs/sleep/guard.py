@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from .architecture import evaluating
+from ..reference.architecture import evaluating
 
 # %% ../../nbs/sleep/guard.ipynb #db596893
 def sample_sequences(

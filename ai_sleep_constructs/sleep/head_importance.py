@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .architecture import AttentionBlock, attention_blocks, evaluating
+from ..reference.architecture import AttentionBlock, attention_blocks, evaluating
 
 # %% ../../nbs/sleep/head_importance.ipynb #ea7dd4b4
 Scorer = Callable[..., list[Tensor]]

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..reference.loading import no_progress_bars
 from ..reference.pruned import cut_groups, groups_left, write_manifest
-from .architecture import AttentionBlock, attention_blocks
+from ..reference.architecture import AttentionBlock, attention_blocks
 from .snapshot import ModuleSnapshot
 
 # %% ../../nbs/sleep/head_surgery.ipynb #1ee85b12

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from .architecture import norm_parameters
+from ..reference.architecture import norm_parameters
 from .health import HealthBaseline, float_settings, named_tensors, owner, row_norms, tied_names
 from .session import Session
 from .vitals import Vitals, take_vitals

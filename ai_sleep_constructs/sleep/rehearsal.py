@@ -20,7 +20,7 @@ from torch.func import functional_call
 from transformers import DynamicCache
 from transformers.pytorch_utils import Conv1D
 
-from .architecture import evaluating
+from ..reference.architecture import evaluating
 
 # %% ../../nbs/sleep/rehearsal.ipynb #58ffe8e1
 @torch.no_grad()

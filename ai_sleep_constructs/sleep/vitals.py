@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .architecture import attention_blocks, norm_modules
+from ..reference.architecture import attention_blocks, norm_modules
 
 # %% ../../nbs/sleep/vitals.ipynb #9dbb0731
 @dataclass(frozen=True)

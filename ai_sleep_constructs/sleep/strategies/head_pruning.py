@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ...reference.pruned import groups_left
-from ..architecture import AttentionBlock, attention_blocks
+from ...reference.architecture import AttentionBlock, attention_blocks
 from ..head_importance import IMPORTANCES, channel_statistics, measure_importance
 from ..head_importance import gated as gated
 from ..head_importance import head_importance as head_importance

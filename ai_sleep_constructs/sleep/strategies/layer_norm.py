@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from ...reference.loading import load_model
-from ..architecture import evaluating, norm_modules, norm_parameters
+from ...reference.architecture import evaluating, norm_modules, norm_parameters
 from ..modes import OptimizationStrategy, SleepMode
 from ..snapshot import AttributeSnapshot, ModuleSnapshot, Snapshots
 from .base import SleepContext, Strategy, register
