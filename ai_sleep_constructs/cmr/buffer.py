@@ -15,7 +15,7 @@ from torch import Tensor
 from .entry import MemoryEntry
 from .tensor_buffer import TensorBuffer
 
-# %% ../../nbs/cmr/buffer.ipynb #905776ab
+# %% ../../nbs/cmr/buffer.ipynb #6609bb30
 class LayeredMemoryBuffer(TensorBuffer):
     "Hidden states by layer within budgets, as objects for those who look at them one by one."
 
@@ -119,24 +119,6 @@ class LayeredMemoryBuffer(TensorBuffer):
         self.statistics["evictions"] += excess
         self.statistics["cleanups"] += 1
         return excess
-
-    def clear_sequence(
-        self,
-        sequence_id: int,  # the text
-    ) -> int:
-        "Forget a text, and return how many memories went."
-        gone = 0
-        for rows in self.layers.values():
-            slots = rows.slots()
-            mine = slots[rows["sequence"][slots] == sequence_id]
-            rows.drop(mine)
-            gone += len(mine)
-        return gone
-
-    def clear_all(self) -> None:
-        "Forget everything; the rows stay allocated."
-        for rows in self.layers.values():
-            rows.drop(rows.slots())
 
     def get_buffer_stats(self) -> dict[str, Any]:
         "Counts, by layer and over the buffer's life. `memory_utilization` is the share of the total budget in use."

@@ -15,7 +15,7 @@ from torch import Tensor
 from .retention import Standing, policy
 from .rows import Fields, Memories, Rows, place
 
-# %% ../../nbs/cmr/tensor_buffer.ipynb #be23582c
+# %% ../../nbs/cmr/tensor_buffer.ipynb #527b8650
 class TensorBuffer:
     """
     Hidden states by layer, with a budget for each layer and one for all.
@@ -272,3 +272,24 @@ class TensorBuffer:
         wanted = place(rows["sequence"][slots], rows["position"][slots])[..., None] + steps
         at = torch.searchsorted(keys, wanted).clamp_max(len(keys) - 1)
         return torch.where((keys[at] == wanted) & (slots >= 0)[..., None], order[at], -1)
+
+
+    # forgetting
+
+    def clear_sequence(
+        self,
+        sequence_id: int,  # the text
+    ) -> int:
+        "Forget a text, and return how many memories went."
+        gone = 0
+        for rows in self.layers.values():
+            slots = rows.slots()
+            mine = slots[rows["sequence"][slots] == sequence_id]
+            rows.drop(mine)
+            gone += len(mine)
+        return gone
+
+    def clear_all(self) -> None:
+        "Forget everything; the rows stay allocated."
+        for rows in self.layers.values():
+            rows.drop(rows.slots())
