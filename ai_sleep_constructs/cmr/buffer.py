@@ -5,17 +5,23 @@
 # %% auto #0
 __all__ = ['LayeredMemoryBuffer']
 
-# %% ../../nbs/cmr/buffer.ipynb #0422fa45
+# %% ../../nbs/cmr/buffer.ipynb #54c87412
+import json
+import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 from torch import Tensor
 
 from .entry import MemoryEntry
+from .rows import Rows
 from .tensor_buffer import TensorBuffer
 
-# %% ../../nbs/cmr/buffer.ipynb #6609bb30
+# %% ../../nbs/cmr/buffer.ipynb #26a8762d
 class LayeredMemoryBuffer(TensorBuffer):
     "Hidden states by layer within budgets, as objects for those who look at them one by one."
 
@@ -137,3 +143,132 @@ class LayeredMemoryBuffer(TensorBuffer):
             "total_insertions": self.statistics["insertions"], "total_retrievals": self.statistics["retrievals"],
             "total_evictions": self.statistics["evictions"], "cleanup_operations": self.statistics["cleanups"],
         }
+
+    # keeping
+
+    def _settings(self) -> dict[str, Any]:
+        return {
+            "kind": type(self).__name__, "max_entries_per_layer": self.max_entries_per_layer, "max_total_entries": self.max_total_entries,
+            "eviction_strategy": self.eviction_strategy, "cleanup_threshold": self.cleanup_threshold, "dtype": str(self.dtype),
+            "seed": self.seed, "fields": {name: [list(shape), str(dtype)] for name, (shape, dtype) in self.fields.items()},
+            "statistics": self.statistics, "clocks": {str(layer): rows.clock for layer, rows in self.layers.items()},
+        }
+
+    def save_state(
+        self,
+        filepath: str | Path,  # the file, replaced in one step
+    ) -> None:
+        "Write settings, statistics and all memories to one safetensors file."
+        path = Path(filepath)
+        tensors = {
+            f"{layer}.{name}": column[slots].cpu().contiguous()
+            for layer, rows in self.layers.items() for slots in [self.slots(layer)] for name, column in rows.columns.items()
+        }
+        beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        try:
+            beside.write_bytes(save({**tensors, "lots": self._lots.get_state()}, {"buffer": json.dumps(self._settings())}))
+            beside.replace(path)
+        finally:
+            beside.unlink(missing_ok=True)
+
+    def load_state(
+        self,
+        filepath: str | Path,  # from `save_state`
+    ) -> None:
+        """
+        Replace all memories by those that were saved.
+
+        OSError without such a file; ValueError, and nothing changed, when it is damaged or of a buffer with other settings.
+        """
+        try:
+            with safe_open(str(filepath), framework="pt") as file:
+                record = json.loads((file.metadata() or {}).get("buffer", "{}"))
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except SafetensorError as error:
+            raise ValueError(f"filepath: {filepath} is damaged or no safetensors file: {error}") from error
+        mine = json.loads(json.dumps(self._settings()))
+        for name in ("kind", "max_entries_per_layer", "max_total_entries", "dtype", "fields"):
+            if record.get(name) != mine[name]:
+                raise ValueError(f"filepath: {filepath} has {name}={record.get(name)!r}, this buffer {mine[name]!r}")
+        self._lots.set_state(tensors.pop("lots"))
+        by_layer: dict[int, dict[str, Tensor]] = {}
+        for key, tensor in tensors.items():
+            layer, _, name = key.partition(".")
+            by_layer.setdefault(int(layer), {})[name] = tensor
+        self._replace(by_layer, {int(layer): clock for layer, clock in record["clocks"].items()}, record["statistics"])
+
+    def _replace(self, layers: dict[int, dict[str, Tensor]], clocks: dict[int, int], statistics: dict[str, int]) -> None:
+        version = self.version
+        self.layers = {}
+        for layer, columns in layers.items():
+            states = columns["states"]
+            rows = self.layers[layer] = self._rows(states.shape[1])
+            rows.write(torch.arange(len(states), device=self.device), {**columns})
+            rows.clock, rows.version = clocks[layer], version + 1
+        self.statistics = dict(statistics)
+
+    # sleeping: memories that are alike become one
+
+    def snapshot(self) -> Any:
+        "What `restore` needs to bring back the memories of now."
+        layers = {
+            layer: {name: column[slots].clone() for name, column in rows.columns.items()}
+            for layer, rows in self.layers.items() for slots in [self.slots(layer)]
+        }
+        return layers, {layer: rows.clock for layer, rows in self.layers.items()}, dict(self.statistics)
+
+    def restore(
+        self,
+        saved: Any,  # from `snapshot`
+    ) -> None:
+        "Put the memories of that time back."
+        self._replace(*saved)
+
+    @torch.no_grad()
+    def consolidate(
+        self,
+        budget: int,  # how many memories may be left
+    ) -> dict[str, Any]:
+        """
+        Merge memories that are nearly the same, until `budget` are left, and drop the lowest ranked where that is not enough.
+
+        In each layer, pairs are merged by falling cosine, those of 0.95 and more, between memories whose whole-number fields
+        (such as the token that followed) are equal. The more relevant one stays where it was, with the higher relevance and both access counts.
+        """
+        if type(budget) is not int or budget < 1:
+            raise ValueError(f"budget must be an int of 1 or more, got {budget!r}")
+        before, merged = len(self), 0
+        for layer, rows in self.layers.items():
+            excess = len(self) - budget
+            slots = self.slots(layer)
+            if excess <= 0 or len(slots) < 2:
+                continue
+            absorbed, into = self._alike(rows, slots[rows["relevance"][slots].argsort(descending=True, stable=True)], excess)
+            rows["accesses"].index_add_(0, into, rows["accesses"][absorbed])
+            rows.drop(absorbed)
+            merged += len(absorbed)
+        dropped = self.cleanup_least_relevant(budget / self.max_total_entries) if len(self) > budget else 0
+        return {"before": before, "after": len(self), "merged": merged, "dropped": dropped}
+
+    def _alike(self, rows: Rows, slots: Tensor, most: int) -> tuple[Tensor, Tensor]:
+        "Rows to absorb and the rows that take them, most alike first; each is absorbed by a more relevant one that stays."
+        unit = torch.nn.functional.normalize(rows["states"][slots].float(), dim=-1)
+        same = [rows[f"field.{name}"][slots].flatten(1) if rows[f"field.{name}"].ndim > 1 else rows[f"field.{name}"][slots][:, None]
+                for name, (_, dtype) in self.fields.items() if not dtype.is_floating_point]
+        nearest, partner = torch.full((len(slots),), -1.0, device=self.device), torch.zeros_like(slots)
+        for start in range(0, len(slots), 512):
+            cosine = unit[start : start + 512] @ unit[: start + 512].T
+            for field in same:
+                cosine = cosine.masked_fill((field[start : start + 512, None] != field[None, : start + 512]).any(-1), -1.0)
+            cosine = cosine.tril(start - 1)
+            cosine[cosine == 0] = -1.0
+            best = cosine.max(1)
+            nearest[start : start + 512], partner[start : start + 512] = best.values, best.indices
+        order = nearest.argsort(descending=True, stable=True)
+        order = order[nearest[order] >= 0.95][:most]
+        leaves = torch.zeros(len(slots), dtype=torch.bool, device=self.device)
+        leaves[order] = True
+        while bool(leaves[partner[order]].any()):  # who takes it may be absorbed itself: follow to the one that stays
+            target = partner[order]
+            partner[order] = torch.where(leaves[target], partner[target], target)
+        return slots[order], slots[partner[order]]

@@ -15,7 +15,7 @@ from torch import Tensor
 from .retention import Standing, policy
 from .rows import Fields, Memories, Rows, place
 
-# %% ../../nbs/cmr/tensor_buffer.ipynb #527b8650
+# %% ../../nbs/cmr/tensor_buffer.ipynb #3f01abbd
 class TensorBuffer:
     """
     Hidden states by layer, with a budget for each layer and one for all.
@@ -99,8 +99,7 @@ class TensorBuffer:
         number = len(states)
         rows = self.layers.get(layer_idx)
         if rows is None:
-            capacity = min(self.max_entries_per_layer, self.max_total_entries)
-            rows = self.layers[layer_idx] = Rows(capacity, states.shape[1], self.dtype, self.device, self.fields)
+            rows = self.layers[layer_idx] = self._rows(states.shape[1])
         rows.clock += number
         stored = torch.arange(rows.clock - number + 1, rows.clock + 1, device=self.device)
         lot = torch.rand(number, generator=self._lots).to(self.device)
@@ -123,6 +122,9 @@ class TensorBuffer:
             return slots
         result[kept] = slots
         return result
+
+    def _rows(self, hidden: int) -> Rows:
+        return Rows(min(self.max_entries_per_layer, self.max_total_entries), hidden, self.dtype, self.device, self.fields)
 
     def _compete(self, rows: Rows, new: Standing) -> Tensor | None:
         "Make room; which of the new ones stay, None for all."
