@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['fit_whitening', 'fit_gate', 'choose_layers']
 
-# %% ../../nbs/cmr/calibration.ipynb #7bd579ce
+# %% ../../nbs/cmr/calibration.ipynb #b91bdaad
 import math
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from .gate import LearnedGate, gate_samples
-from .layers import memory_layers
+from .layers import key_fields, memory_layers
 from .logit_cache import LogitCache, Votes, Whitening
-from .recall import BufferRecall, key_fields
+from .recall import BufferRecall
 from .streaming import MemoryStream
 from .tensor_buffer import TensorBuffer
 
