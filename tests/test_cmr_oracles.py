@@ -1,0 +1,239 @@
+"""Memories are exact at both ends in every family, and nothing of them is left when they are off."""
+
+import copy
+
+import pytest
+import torch
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from ai_sleep_constructs.cmr.buffer import LayeredMemoryBuffer
+from ai_sleep_constructs.cmr.capture import StateCapture
+from ai_sleep_constructs.cmr.configuration import MemoryConfig
+from ai_sleep_constructs.cmr.engine import MemoryEngine
+from ai_sleep_constructs.cmr.layers import key_fields, memory_layers
+from ai_sleep_constructs.cmr.logit_cache import LogitCache
+from ai_sleep_constructs.cmr.recall import BufferRecall
+from ai_sleep_constructs.cmr.reweaving import Reweaver
+from ai_sleep_constructs.cmr.streaming import MemoryStream
+from ai_sleep_constructs.cmr.tensor_buffer import TensorBuffer
+
+SMALL = {
+    "vocab_size": 128, "hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 6,
+    "max_position_embeddings": 256, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0, "initializer_range": 0.2,
+}
+FAMILIES = {
+    "gpt2": lambda: GPT2LMHeadModel(GPT2Config(
+        vocab_size=128, n_embd=48, n_layer=3, n_head=6, n_positions=256, bos_token_id=0, eos_token_id=0, pad_token_id=0, initializer_range=0.2)),
+    "llama": lambda: LlamaForCausalLM(LlamaConfig(**SMALL, num_key_value_heads=6)),
+    "mistral": lambda: MistralForCausalLM(MistralConfig(**SMALL, num_key_value_heads=3, sliding_window=None, head_dim=8)),
+    "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**SMALL, num_key_value_heads=2)),
+    "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**SMALL, num_key_value_heads=2, head_dim=8)),
+}
+
+
+@pytest.fixture(params=FAMILIES)
+def model(request):
+    torch.manual_seed(0)
+    return FAMILIES[request.param]().eval()
+
+
+def ids(rows, length, seed=1):
+    return torch.randint(1, 128, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+def hooks(model):
+    return sum(len(m._forward_pre_hooks) + len(m._forward_hooks) for m in model.modules())
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@torch.no_grad()
+def test_all_layers_at_true_positions_are_the_full_context(model, attention):
+    model.set_attn_implementation(attention)
+    text, old = ids(1, 90), 60
+    layers = memory_layers(model)
+    buffer = TensorBuffer(100, 1000, fields=key_fields(layers[0]))
+
+    def keep(index, states):
+        fields = {"key": layers[index].keys_values(states[0])[0]}
+        buffer.store_states(states[0], index, torch.arange(old), torch.full((old,), 0.5), fields=fields)
+
+    with StateCapture(model, keep):
+        model(input_ids=text[:, :old])
+    new = torch.arange(old, 90)[None]
+    whole = model(input_ids=text).logits[:, old:]
+    alone = model(input_ids=text[:, old:], position_ids=new).logits
+    with Reweaver(model, BufferRecall(buffer, budget=None, window=1, places="true")):
+        woven = model(input_ids=text[:, old:], position_ids=new).logits
+        batch = model(input_ids=text[:, old:].expand(3, -1), position_ids=new.expand(3, -1)).logits
+    assert float((alone - whole).abs().max()) > 1e-2
+    assert float((woven - whole).abs().max()) < 1e-4 and float((batch - whole).abs().max()) < 1e-4
+    with Reweaver(model, BufferRecall(buffer, budget=30, window=1, places="true")):
+        half = model(input_ids=text[:, old:], position_ids=new).logits
+    assert float((half - whole).abs().max()) > 1e-4  # a budget is a budget
+    assert torch.equal(model(input_ids=text[:, old:], position_ids=new).logits, alone)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.no_grad()
+def test_an_empty_memory_changes_no_bit(model, dtype):
+    model = model.to(dtype)
+    text = ids(2, 40)
+    mask = torch.ones_like(text)
+    mask[0, :7] = 0
+    bare, padded = model(input_ids=text).logits, model(input_ids=text, attention_mask=mask).logits
+    written = model.generate(text, attention_mask=mask, max_new_tokens=5, do_sample=False)
+    before = hooks(model)
+    engine = MemoryEngine(model, MemoryConfig(target_layers=[0, 1, 2], relevance_threshold=1.0, logit_cache=10))
+    engine.attach()
+    assert hooks(model) > before
+    try:
+        engine.cache.remember = lambda *a, **k: None  # nothing is ever remembered
+        assert torch.equal(model(input_ids=text).logits, bare)
+        assert torch.equal(model(input_ids=text, attention_mask=mask).logits, padded)
+        assert torch.equal(model.generate(text, attention_mask=mask, max_new_tokens=5, do_sample=False), written)
+        assert len(engine.buffer) == 0
+    finally:
+        engine.detach()
+    assert hooks(model) == before and not engine.attached
+    assert all(type(m.config) is type(model.config) and "memories" not in m.config._attn_implementation
+               for m in model.modules() if hasattr(m, "config"))
+    assert torch.equal(model(input_ids=text).logits, bare)
+
+
+@torch.no_grad()
+def test_what_is_remembered_comes_back_and_goes_away(model):
+    told, asked = ids(2, 40), ids(1, 20, seed=2)
+    bare = model(input_ids=asked).logits
+    engine = MemoryEngine(model, MemoryConfig(target_layers=[1], relevance_threshold=0.0, places="clamped", distance=30, logit_cache=200))
+    engine.attach()
+    model(input_ids=told)
+    assert engine.buffer.count(1) == 80 and engine.cache.buffer.count() == 78
+    with_memories = model(input_ids=asked).logits
+    assert not torch.equal(with_memories, bare) and bool(with_memories.isfinite().all())
+    engine.detach()
+    assert torch.equal(model(input_ids=asked).logits, bare)
+
+
+@torch.no_grad()
+def test_texts_do_not_see_their_own_memories_without_a_window(model):
+    engine = MemoryEngine(model, MemoryConfig(target_layers=[1], relevance_threshold=0.0))
+    engine.attach()
+    text = ids(1, 30)
+    from transformers import DynamicCache
+
+    cache = DynamicCache()
+    model(input_ids=text[:, :20], past_key_values=cache)
+    model(input_ids=text[:, 20:], past_key_values=cache)
+    assert engine.recall.recalled == {} and engine.buffer.count(1) == 30
+    assert engine.buffer.gather(1, engine.buffer.slots(1)).positions.tolist() == list(range(30))
+    model(input_ids=text)
+    assert engine.recall.recalled[1].shape == (1, 30)
+    engine.detach()
+
+
+def test_an_exception_in_the_model_leaves_nothing_half_done(model):
+    engine = MemoryEngine(model, MemoryConfig(target_layers=[0, 2], relevance_threshold=0.0))
+    engine.attach()
+    block = memory_layers(model, [1])[0].module
+
+    def fail(*args):
+        raise RuntimeError("half-way")
+
+    handle = block.register_forward_hook(fail)
+    with pytest.raises(RuntimeError, match="half-way"):
+        model(input_ids=ids(1, 10))
+    handle.remove()
+    assert len(engine.buffer) == 0
+    model(input_ids=ids(1, 10))
+    assert len(engine.buffer) == 20
+    engine.detach()
+    assert hooks(model) == 0
+
+
+def test_training_goes_through(model):
+    engine = MemoryEngine(model, MemoryConfig(target_layers=[1], relevance_threshold=0.0, logit_cache=50, places="clamped"))
+    engine.attach()
+    with torch.no_grad():
+        model(input_ids=ids(1, 30))
+    model.train()
+    batch = ids(2, 20, seed=3)
+    loss = model(input_ids=batch, labels=batch).loss
+    loss.backward()
+    assert bool(loss.isfinite()) and all(p.grad is None or bool(p.grad.isfinite().all()) for p in model.parameters())
+    assert not any(column.requires_grad for rows in engine.buffer.layers.values() for column in rows.columns.values())
+    engine.detach()
+
+
+def test_a_copy_of_a_woven_model_is_a_bare_model(model):
+    with torch.no_grad():
+        bare = model(input_ids=ids(1, 10)).logits
+        with Reweaver(model, lambda *_: pytest.fail("the copy asked")):
+            twin = copy.deepcopy(model)
+            assert torch.equal(twin(input_ids=ids(1, 10)).logits, bare)
+
+
+def test_a_stream_has_constant_memory_and_a_refused_model():
+    torch.manual_seed(0)
+    llama = FAMILIES["llama"]().eval()
+    (layer,) = memory_layers(llama, [1])
+    cache, buffer = LogitCache(48, 64, neighbours=4), TensorBuffer(50, 50, "fifo", fields=key_fields(layer))
+    recall = BufferRecall(buffer, budget=8, places="clamped", distance=20)
+    with MemoryStream(llama, window=32, chunk=16, cache=cache, recall=recall, layers=[1]) as stream:
+        stream.LIMIT = 100
+        sizes = set()
+        for seed in range(12):
+            nll = stream.read(ids(1, 50, seed=seed)[0])
+            assert bool(nll[1:].isfinite().all()) and len(nll) == 50
+            sizes.add((buffer.nbytes, cache.buffer.nbytes, stream._kv.layers[0].keys.shape[2]))
+        assert len(sizes) == 1 and stream.position == 600 and stream._offset >= 500
+        assert int(buffer.gather(1, buffer.slots(1)).positions.max()) == 599
+        with pytest.raises(ValueError, match="0..127"):
+            stream.read([1, 500])
+        assert stream.position == 600
+    assert hooks(llama) == 0
+    with pytest.raises(ValueError, match="learned positions"):
+        MemoryStream(FAMILIES["gpt2"]())
+    with pytest.raises(ValueError, match="chunk"):
+        MemoryStream(llama, window=8, chunk=9)
+
+
+def test_reading_in_other_pieces_gives_the_same():
+    torch.manual_seed(0)
+    llama = FAMILIES["llama"]().eval()
+    text, read = ids(1, 300)[0], []
+    for sizes in ([300], [7, 150, 143]):
+        with MemoryStream(llama, window=32, chunk=1, cache=LogitCache(48, 100, neighbours=4)) as stream:
+            read.append(torch.cat([stream.read(part) for part in text.split(sizes)]))
+    assert torch.allclose(read[0][1:], read[1][1:], atol=1e-5)
+
+
+def test_budgets_hold_under_anything():
+    generator = torch.Generator().manual_seed(0)
+    for strategy in ("lru", "relevance", "lru_relevance", "surprise", "fifo", "random"):
+        buffer = LayeredMemoryBuffer(20, 45, strategy)
+        for step in range(60):
+            number = int(torch.randint(1, 30, (1,), generator=generator))
+            layer = int(torch.randint(0, 4, (1,), generator=generator))
+            slots = buffer.store_states(
+                torch.randn(number, 6, generator=generator), layer, torch.arange(number), torch.rand(number, generator=generator), step % 5)
+            assert len(set(slots[slots >= 0].tolist())) == int((slots >= 0).sum())
+            assert len(buffer) <= 45 and all(rows.count <= 20 and rows.count == int(rows.valid.sum()) for rows in buffer.layers.values())
+            if step % 7 == 0:
+                buffer.search(torch.randn(3, 6, generator=generator), layer, 5)
+            if step % 11 == 10:
+                buffer.clear_sequence(step % 5)
+                assert not buffer.retrieve_by_sequence(step % 5)
+        for step in range(10):
+            buffer.store_states(torch.randn(20, 6, generator=generator), step % 4, torch.arange(20), torch.full((20,), 0.9), 99)
+        assert len(buffer) == 45, strategy  # all of a budget is used
