@@ -111,6 +111,10 @@ BRIEF: dict[str, dict[str, object]] = {
         "updates": 1500, "memory_points": 2000,
     },
     "architectures": {"families": "gpt2,qwen3", "steps": 8, "recalibration_steps": 2, "sequences": 4},
+    "cmr_retrieval_ablation": {
+        "arms": "none,cache,both,random,projection", "files": 1, "most_tokens": 600, "calibration_files": 1, "calibration_tokens": 800,
+        "evictions": "fifo", "budgets": "", "memories": 300, "least_tokens": 4000,
+    },
     "consolidation_memories": {"facts": 24, "seeds": 1, "sizes": "1.0,0.5"},
     "consolidation_weights": {"arms": "naive,replay", "steps": 4, "seeds": 1, "tokens": 64, "test_sequences": 4},
     "gradient_clipping": {"steps": 24, "seeds": 1, "hidden": 32, "batch_tokens": 128, "arms": "none,global", "spikes": 2},

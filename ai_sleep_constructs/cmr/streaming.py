@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['band', 'MemoryStream']
 
-# %% ../../nbs/cmr/streaming.ipynb #efe6bb56
+# %% ../../nbs/cmr/streaming.ipynb #ed016d41
 from collections.abc import Iterable
 from typing import Any
 
@@ -18,8 +18,9 @@ from .layers import MemoryLayer, memory_layers
 from .logit_cache import LogitCache
 from .recall import BufferRecall
 from .reweaving import Reweaver
+from .scoring import RelevanceScorer
 
-# %% ../../nbs/cmr/streaming.ipynb #6a3835f4
+# %% ../../nbs/cmr/streaming.ipynb #51077145
 def band(
     held: int,  # tokens in the cache
     new: int,  # tokens that are read now
@@ -52,6 +53,8 @@ class MemoryStream:
         recall: BufferRecall | None = None,  # memories for the attention; its window is set to this one's
         layers: Iterable[int] = (),  # the layers that attend to them
         sequence: int = 0,  # the number of the text in the memories
+        scorer: RelevanceScorer | None = None,  # how relevant a state is; None: one minus the probability that its token was given
+        choices: bool = False,  # whether `read` notes in `first` which tokens were the first choice
     ):
         for name, value in (("window", window), ("chunk", chunk)):
             if type(value) is not int or value < 1:
@@ -62,7 +65,8 @@ class MemoryStream:
         if everywhere[0].rotary is None:
             raise ValueError("model: learned positions end; a stream needs rotary ones (Llama, Mistral, Qwen style)")
         self.model, self.window, self.chunk, self.cache, self.recall = model, window, chunk, cache, recall
-        self.sequence, self._layers = sequence, {layer.index: layer for layer in everywhere}
+        self.choices, self.first = choices, torch.empty(0, dtype=torch.bool)  # by token of the last `read`
+        self.scorer, self._layers = scorer, {layer.index: layer for layer in everywhere}
         self._head: Any = model.get_output_embeddings()  # type: ignore[operator]
         self._states: dict[int, Tensor] = {}
         self._final: Tensor | None = None
@@ -103,6 +107,7 @@ class MemoryStream:
         if ids.ndim != 1 or ids.is_floating_point() or (len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < known):
             raise ValueError(f"input_ids must be of shape [T] with integers in 0..{known - 1}, got {ids.dtype} {list(ids.shape)}")
         device = next(self.model.parameters()).device
+        self.first = torch.empty(0, dtype=torch.bool)
         parts = [self._piece(part.long().to(device)) for part in ids.split(self.chunk) if len(part)]
         return torch.cat(parts).cpu() if parts else torch.empty(0)
 
@@ -120,18 +125,23 @@ class MemoryStream:
             logits = self.cache.mix(logits, final, ids)
         logits = logits.float()
         expected = logits[:-1] if self._logits is None else torch.cat([self._logits[None], logits[:-1]])
-        nll = nn.functional.cross_entropy(expected, ids[-len(expected) :], reduction="none") if len(expected) else logits[:0, 0]
-        if self._logits is None:
-            nll = torch.cat([nll.new_full((1,), torch.nan), nll])
+        nll = nn.functional.cross_entropy(expected, ids[len(ids) - len(expected) :], reduction="none")
+        missing = len(ids) - len(expected)  # the first token of a text has nothing before it
+        if self.choices:
+            hits = nn.functional.pad(expected.argmax(-1) == ids[missing:], (missing, 0))
+            self.first = torch.cat([self.first, hits.cpu()])
+        nll = nn.functional.pad(nll, (missing, 0), value=torch.nan)
         self._remember(ids, final, nll)
         self._logits, self.position = logits[-1], self.position + len(ids)
         self._slide()
         return nll
 
     def _remember(self, ids: Tensor, final: Tensor, nll: Tensor) -> None:
-        "A token's relevance is its surprise: one minus the probability that it was given."
+        "Keep the states of a piece; in the logit cache each as soon as the token after it is known."
         places = torch.arange(self.position, self.position + len(ids), device=ids.device)
         surprise = 1 - (-nll.nan_to_num(0.0)).exp()
+        if self.scorer is not None:
+            surprise = self.scorer(final[None], nll=nll.nan_to_num(0.0)[None])[0]
         if self.cache is not None:
             if self._pending is not None:
                 final = torch.cat([self._pending, final])
