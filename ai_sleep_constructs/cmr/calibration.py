@@ -21,7 +21,7 @@ from .recall import BufferRecall
 from .streaming import MemoryStream
 from .tensor_buffer import TensorBuffer
 
-# %% ../../nbs/cmr/calibration.ipynb #152b11b2
+# %% ../../nbs/cmr/calibration.ipynb #b2a290a6
 class _Notes(LogitCache):
     "A cache that lets the model speak alone and notes what a gate can learn from."
 
@@ -30,11 +30,11 @@ class _Notes(LogitCache):
         self.states: list[Tensor] = []
         self.samples: list[tuple[Tensor, Tensor, Tensor]] = []
 
-    def mix(self, logits: Tensor, states: Tensor, ids: Tensor | None = None) -> Tensor:
+    def mix(self, logits: Tensor, states: Tensor, ids: Tensor | None = None, contexts: Tensor | None = None) -> Tensor:
         self.states.append(states.float().cpu())
         if ids is not None and len(ids) > 1 and self.buffer.count():
-            votes = self.votes(states, ids)
-            earlier = Votes(*(part[:-1] for part in (votes.similarity, votes.followers, votes.weight, votes.shared)))
+            votes = self.votes(states, ids, contexts)
+            earlier = Votes(*(part[:-1] for part in (votes.similarity, votes.followers, votes.match, votes.weight, votes.shared)))
             self.samples.append(tuple(x.cpu() for x in gate_samples(logits[:-1], earlier, ids[1:])))  # type: ignore[arg-type]
         return logits
 

@@ -20,17 +20,17 @@ from torch import Tensor, nn
 
 from .logit_cache import Votes
 
-# %% ../../nbs/cmr/gate.ipynb #11201a44
-FEATURES = ("best", "eighth", "agreement", "entropy", "top", "doubt", "same", "model_says")
+# %% ../../nbs/cmr/gate.ipynb #2859987e
+FEATURES = ("best", "eighth", "agreement", "entropy", "top", "doubt", "same", "model_says", "match", "longest")
 
 def features(
     votes: Votes,  # what the memories say
     logp: Tensor,  # what the model says, log-probabilities of shape [tokens, vocabulary]
 ) -> Tensor:
     """
-    What a gate looks at, float32 of shape [tokens, 8]: similarity of the best memory and of the eighth, agreement of the
+    What a gate looks at, float32 of shape [tokens, 10]: similarity of the best memory and of the eighth, agreement of the
     votes, entropy of the model in nats, its largest probability and the logarithm of what is left, whether it names the token that most
-    memories name, and its log-probability of that token.
+    memories name, its log-probability of that token, and how much of the text before matches at the best memory and at most.
     """
     best = votes.followers.gather(1, votes.shared.argmax(1, keepdim=True))[:, 0]
     top, named = logp.max(-1)
@@ -38,7 +38,7 @@ def features(
     entropy = -(logp.exp() * logp.clamp_min(-100)).sum(-1)
     return torch.stack([
         votes.similarity[:, 0], eighth, votes.agreement, entropy, top.exp(), torch.log1p(-top.exp().clamp_max(0.9999)),
-        (best == named).float(), logp.gather(1, best[:, None])[:, 0].clamp_min(-12),
+        (best == named).float(), logp.gather(1, best[:, None])[:, 0].clamp_min(-12), votes.match[:, 0], votes.match.amax(-1),
     ], dim=-1)
 
 
@@ -72,7 +72,7 @@ class LearnedGate(nn.Module):
 
     def fit(
         self,
-        samples: Iterable[tuple[Tensor, Tensor, Tensor]],  # features, and what model and memories gave the token that came: [N, 8], [N], [N]
+        samples: Iterable[tuple[Tensor, Tensor, Tensor]],  # features, and what model and memories gave the token that came: [N, 10], [N], [N]
         *,
         steps: int = 600,  # optimizer steps
         batch: int = 4096,  # tokens a step

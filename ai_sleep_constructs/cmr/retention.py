@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-# %% ../../nbs/cmr/retention.ipynb #be54cbf5
+# %% ../../nbs/cmr/retention.ipynb #edd6f1f8
 @dataclass(frozen=True)
 class Standing:
     "What a policy may look at, one value for each memory."
@@ -26,7 +26,7 @@ POLICIES: dict[str, Policy] = {
     "lru": lambda s: -s.idle,
     "relevance": lambda s: s.relevance,
     "lru_relevance": lambda s: s.relevance * (0.5 + 0.5 * (-s.idle).exp()),  # ageing takes half of it at most
-    "surprise": lambda s: s.relevance - s.age,  # scored by surprise: the surprising stay twice as long
+    "surprise": lambda s: s.relevance - 0.2 * s.age,  # made for scores of surprise: the surprising outlive the expected ones
     "fifo": lambda s: -s.age,  # control
     "random": lambda s: s.lot,  # control
 }

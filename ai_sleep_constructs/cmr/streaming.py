@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['band', 'MemoryStream']
 
-# %% ../../nbs/cmr/streaming.ipynb #ed016d41
+# %% ../../nbs/cmr/streaming.ipynb #55c2ebf0
 from collections.abc import Iterable
 from typing import Any
 
@@ -15,12 +15,12 @@ from transformers import DynamicCache
 
 from .capture import StateCapture
 from .layers import MemoryLayer, memory_layers
-from .logit_cache import LogitCache
+from .logit_cache import ORDER, LogitCache, contexts_of
 from .recall import BufferRecall
 from .reweaving import Reweaver
 from .scoring import RelevanceScorer
 
-# %% ../../nbs/cmr/streaming.ipynb #51077145
+# %% ../../nbs/cmr/streaming.ipynb #b5ea2fb8
 def band(
     held: int,  # tokens in the cache
     new: int,  # tokens that are read now
@@ -85,7 +85,8 @@ class MemoryStream:
         self.sequence, self.position, self._offset = sequence, 0, 0
         self._kv = DynamicCache()
         self._logits: Tensor | None = None
-        self._pending: Tensor | None = None
+        self._pending: tuple[Tensor, Tensor] | None = None  # the last final state and its context
+        self._recent = torch.empty(0, dtype=torch.int64)
         if self.recall is not None:
             self.recall.sequence, self.recall.offset = sequence, 0
 
@@ -120,9 +121,10 @@ class MemoryStream:
             attention_mask=band(held, len(ids), self.window, weight),
         ).logits[0]
         assert self._final is not None
-        final, self._final = self._final[0], None
+        final, self._final, contexts = self._final[0], None, None
         if self.cache is not None:
-            logits = self.cache.mix(logits, final, ids)
+            contexts = contexts_of(ids, self._recent)
+            logits = self.cache.mix(logits, final, ids, contexts)
         logits = logits.float()
         expected = logits[:-1] if self._logits is None else torch.cat([self._logits[None], logits[:-1]])
         nll = nn.functional.cross_entropy(expected, ids[len(ids) - len(expected) :], reduction="none")
@@ -131,25 +133,27 @@ class MemoryStream:
             hits = nn.functional.pad(expected.argmax(-1) == ids[missing:], (missing, 0))
             self.first = torch.cat([self.first, hits.cpu()])
         nll = nn.functional.pad(nll, (missing, 0), value=torch.nan)
-        self._remember(ids, final, nll)
+        self._remember(ids, final, nll, contexts)
         self._logits, self.position = logits[-1], self.position + len(ids)
+        self._recent = torch.cat([self._recent.to(ids), ids])[-ORDER:]
         self._slide()
         return nll
 
-    def _remember(self, ids: Tensor, final: Tensor, nll: Tensor) -> None:
+    def _remember(self, ids: Tensor, final: Tensor, nll: Tensor, contexts: Tensor | None) -> None:
         "Keep the states of a piece; in the logit cache each as soon as the token after it is known."
         places = torch.arange(self.position, self.position + len(ids), device=ids.device)
         surprise = 1 - (-nll.nan_to_num(0.0)).exp()
         if self.scorer is not None:
             surprise = self.scorer(final[None], nll=nll.nan_to_num(0.0)[None])[0]
-        if self.cache is not None:
+        if self.cache is not None and contexts is not None:
+            last = final[-1:].clone(), contexts[-1:]
             if self._pending is not None:
-                final = torch.cat([self._pending, final])
+                final, contexts = torch.cat([self._pending[0], final]), torch.cat([self._pending[1], contexts])
                 followers, at, relevance = ids, places - 1, surprise
             else:
                 followers, at, relevance = ids[1:], places[:-1], surprise[1:]
-            self.cache.remember(final[:-1], followers, at, relevance, self.sequence)
-            self._pending = final[-1:].clone()
+            self.cache.remember(final[:-1], followers, at, relevance, self.sequence, contexts[:-1])
+            self._pending = last
         for index, states in self._states.items():
             assert self.recall is not None
             layer: MemoryLayer = self._layers[index]
