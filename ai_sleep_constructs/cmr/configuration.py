@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MODEL_KEYS', 'MemoryConfig', 'check_keys', 'check_model']
 
-# %% ../../nbs/cmr/configuration.ipynb #335b92d9
+# %% ../../nbs/cmr/configuration.ipynb #0f7f1a48
 import dataclasses
 import difflib
 from collections.abc import Mapping
@@ -14,16 +14,16 @@ from typing import Any
 
 from .recall import PLACES
 from .retention import POLICIES
-from .scoring import METHODS, MIXTURES
+from .scoring import SCORING_METHODS
 
-# %% ../../nbs/cmr/configuration.ipynb #62bcfaa6
+# %% ../../nbs/cmr/configuration.ipynb #5207563e
 @dataclass(frozen=True)
 class MemoryConfig:
     "How much is remembered, of which layers, and how it comes back. ValueError names what is wrong."
     target_layers: list[int] | str = "auto"  # whose states are remembered and recalled; auto: by `calibrate`, the last one until then
     buffer_size: int = 1000  # memories of all layers at most
     relevance_threshold: float = 0.7  # states scored lower are not remembered
-    scoring_method: str = "hybrid"  # one of `cmr.scoring.METHODS` or `MIXTURES`
+    scoring_method: str = "hybrid"  # one of `cmr.scoring.SCORING_METHODS`
     max_states_per_layer: int = 50  # of one text in one pass, the best
     eviction_strategy: str = "lru_relevance"  # one of `cmr.retention.POLICIES`
     retrieval_budget: int = 64  # memories that a layer attends to
@@ -50,7 +50,7 @@ class MemoryConfig:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
                 raise ValueError(f"{name} must be a number from {low} to {high}, got {value!r}")
-        for name, known in (("scoring_method", [*METHODS, *MIXTURES]), ("eviction_strategy", list(POLICIES)), ("places", list(PLACES))):
+        for name, known in (("scoring_method", list(SCORING_METHODS)), ("eviction_strategy", list(POLICIES)), ("places", list(PLACES))):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MemoryEngine']
 
-# %% ../../nbs/cmr/engine.ipynb #43929715
+# %% ../../nbs/cmr/engine.ipynb #90a6fafd
 from typing import Any
 
 import torch
@@ -18,9 +18,9 @@ from .layers import key_fields, memory_layers
 from .logit_cache import LogitCache
 from .recall import BufferRecall
 from .reweaving import Reweaver
-from .scoring import MIXTURES, RelevanceScorer
+from .scoring import SCORING_METHODS, RelevanceScorer
 
-# %% ../../nbs/cmr/engine.ipynb #f7ff9b58
+# %% ../../nbs/cmr/engine.ipynb #88701d48
 class MemoryEngine:
     "Memories of a model: what it reads is captured, scored and kept, and comes back while it reads on."
 
@@ -29,8 +29,8 @@ class MemoryEngine:
         model: nn.Module,  # a causal language model of `transformers`
         config: MemoryConfig,  # how much of what
     ):
-        if config.scoring_method == "gradient_based":
-            raise ValueError("scoring_method: gradient_based needs a backward pass; a model that reads has none, so use another")
+        if "gradients" in SCORING_METHODS[config.scoring_method].requires:
+            raise ValueError(f"scoring_method: {config.scoring_method} needs a backward pass; a model that reads has none, so use another")
         self.model, self.config = model, config
         self.layers = memory_layers(model, [-1] if isinstance(config.target_layers, str) else list(config.target_layers))
         device, self.head = next(model.parameters()).device, model.get_output_embeddings()  # type: ignore[operator]
@@ -131,11 +131,11 @@ class MemoryEngine:
             return
         ids, real, positions = self._context
         new = real & (positions >= self._seen[:, None])
-        signals = {"nll": self._nll(ids, self._final)} if self._needs_nll else {}
+        signals: dict[str, Any] = {"nll": self._nll(ids, self._final)} if self._needs_nll else {}
         self.stored = 0
         for layer in self.layers:
             states = self.captured[layer.index]
-            scores = self.scorer(states, real.long(), **signals)
+            scores = self.scorer(states, real.long(), layer_idx=layer.index, **signals)
             chosen = (scores >= self.config.relevance_threshold) & new
             best = scores.masked_fill(~chosen, -1.0)
             kept = best.topk(min(self.config.max_states_per_layer, best.shape[1]), dim=1).indices.sort(dim=1).values
@@ -156,7 +156,7 @@ class MemoryEngine:
 
     @property
     def _needs_nll(self) -> bool:
-        return "surprise" in (self.config.scoring_method, *MIXTURES.get(self.config.scoring_method, ()))
+        return "nll" in SCORING_METHODS[self.config.scoring_method].requires
 
     def _nll(self, ids: Tensor, final: Tensor) -> Tensor:
         "How unexpected each token was to the model alone, in nats, [batch, tokens]; 0 for the first of a text."
