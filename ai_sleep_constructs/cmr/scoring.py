@@ -118,7 +118,7 @@ def _cleaned(name: str, tensor: Tensor, mask: Tensor, dim: int) -> Tensor:
         raise ValueError(f"{name} must be finite at every unmasked position; it holds {tensor[place].item()} at {place}")
     return tensor
 
-# %% ../../nbs/cmr/scoring.ipynb #c4de68e3
+# %% ../../nbs/cmr/scoring.ipynb #53a8ef07
 class RelevanceScorer:
     """
     Scores hidden states for storage: `scorer(hidden_states, attention_mask)` gives float32 [B, T] in [0, 1].
@@ -313,7 +313,7 @@ class RelevanceScorer:
             heads, dim = (queries.shape[1], queries.shape[3]) if queries.ndim == 4 else (0, 0)
             groups = keys.shape[1] if keys.ndim == 4 and heads and heads % max(keys.shape[1], 1) == 0 else -1
             wanted |= {"queries": (batch, heads, tokens, dim), "keys": (batch, groups, tokens, dim)}
-        for name in wanted.keys() & given.keys():
+        for name in [name for name in wanted if name in given]:
             if tuple(given[name].shape) != wanted[name]:
                 raise ValueError(f"{name} must be {_SHAPES[name]} beside hidden_states {list(states.shape)}, not {list(given[name].shape)}")
 
