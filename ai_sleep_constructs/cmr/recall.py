@@ -5,7 +5,9 @@
 # %% auto #0
 __all__ = ['PLACES', 'BufferRecall']
 
-# %% ../../nbs/cmr/recall.ipynb #5c8da283
+# %% ../../nbs/cmr/recall.ipynb #c1b6f0d7
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -13,7 +15,7 @@ from .layers import MemoryLayer
 from .reweaving import Recalled
 from .tensor_buffer import TensorBuffer
 
-# %% ../../nbs/cmr/recall.ipynb #53d61747
+# %% ../../nbs/cmr/recall.ipynb #4330e960
 PLACES = ("auto", "true", "clamped")
 
 class BufferRecall:
@@ -47,6 +49,7 @@ class BufferRecall:
             raise ValueError(f"bias must be a number between -100 and 100, got {bias!r}")
         self.buffer, self.budget, self.window, self.places = buffer, budget, window, places
         self.reach, self.distance, self.bias, self.before, self.after = reach, distance, float(bias), before, after
+        self.choose: Callable[[int, int], Tensor] | None = None  # (layer, row) -> rows of the buffer, in place of the layer's queries
         self.sequence: int | Tensor = 0  # the text of each row, an int or int64 of shape [batch]
         self.offset = 0
         self.recalled: dict[int, Tensor] = {}  # by layer, the rows of the buffer that were recalled last, [batch, memories]
@@ -70,9 +73,14 @@ class BufferRecall:
         if not bool(some.any()):
             return None
         if self.budget is not None and self.budget < len(slots):
-            best = self._search(layer, query, positions, rows["field.key"][slots]).masked_fill(~some, -torch.inf)
-            chosen = best.topk(self.budget, dim=-1).indices
-            slots = slots[chosen]
+            if self.choose is not None:
+                found = [self.choose(layer.index, row)[: self.budget] for row in range(batch)]
+                slots = torch.nn.utils.rnn.pad_sequence(found, batch_first=True, padding_value=-1)
+                if not slots.shape[1]:
+                    return None
+            else:
+                best = self._search(layer, query, positions, rows["field.key"][slots]).masked_fill(~some, -torch.inf)
+                slots = slots[best.topk(self.budget, dim=-1).indices]
             if self.before or self.after:
                 slots = self._with_neighbours(layer.index, slots)
             visible = self._visible(rows["sequence"][slots], rows["position"][slots], text, true) & (slots >= 0)[:, None]
