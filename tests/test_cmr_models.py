@@ -1,0 +1,137 @@
+"""Models with memories: quantised weights, families that they are for, configurations, several rows, loading and saving."""
+
+import pytest
+import torch
+from transformers import MistralConfig, MistralForCausalLM
+
+from ai_sleep_constructs.cmr import (
+    CMRTransformer,
+    FullCMRModel,
+    IntegratedCMRModel,
+    LayeredMemoryBuffer,
+    MistralCMRModel,
+    RetrievalContext,
+)
+from ai_sleep_constructs.cmr.retrieval import AdvancedMemoryRetriever
+from ai_sleep_constructs.reference.loading import load_model
+from ai_sleep_constructs.sleep.state import LMModelState
+from ai_sleep_constructs.sleep.strategies.base import SleepContext, run_transaction
+from ai_sleep_constructs.sleep.strategies.semantic_consolidation import SemanticConsolidation
+
+MEMORY = {"target_layers": [4, 5], "relevance_threshold": 0.0, "max_states_per_layer": 500, "places": "clamped", "logit_cache": 300}
+
+
+@pytest.fixture(scope="module")
+def reference():
+    return load_model("reference", dtype=torch.float32)
+
+
+@pytest.fixture
+def ids(reference):
+    text = "def area(width, height):\n    return width * height\n\n\nclass Shape:\n    def __init__(self, width):\n        self.width = width\n"
+    return torch.tensor([reference.tokenizer(text)["input_ids"]])
+
+
+@pytest.mark.parametrize("how", [{"dtype": torch.bfloat16}, {"quantization": "8bit"}, {"quantization": "4bit"}])
+@torch.no_grad()
+def test_memories_of_half_and_of_quantised_weights(ids, how):
+    model = MistralCMRModel({"hidden_size": 256}, MEMORY, "reference", **how)
+    model.remove_memory_hooks()
+    bare = model(ids).logits
+    model.register_memory_hooks()
+    first = model(ids)
+    assert torch.equal(first.logits, bare) and first.memory_info["stored"] == 2 * ids.shape[1]
+    second = model(ids)
+    assert not torch.equal(second.logits, bare) and bool(second.logits.isfinite().all())
+    nll = [float(torch.nn.functional.cross_entropy(out[0, :-1].float(), ids[0, 1:])) for out in (bare, second.logits)]
+    assert nll[1] < nll[0] - 0.2  # it has just read the same text
+    model.remove_memory_hooks()
+    assert torch.equal(model(ids).logits, bare)
+
+
+@torch.no_grad()
+def test_rows_of_a_batch_are_texts_of_their_own(reference, ids):
+    model = IntegratedCMRModel(None, MEMORY, model=reference.model, tokenizer=reference.tokenizer)
+    batch = torch.cat([ids, ids.flip(1)])
+    mask = torch.ones_like(batch)
+    mask[1, :5] = 0
+    model(batch, mask)
+    length = ids.shape[1]
+    assert [len(model.memory_buffer.retrieve_by_sequence(row)) for row in range(3)] == [2 * length, 2 * (length - 5), 0]
+    output = model(ids, output_hidden_states=True, labels=ids)
+    assert output.memory_info["sequence_ids"] == [2] and len(output.hidden_states) == 7 and output.loss > 0
+    assert {"last_hidden_state", "captured_memory_states", "memory_stats", "performance_stats", "forward_time"} <= set(output)
+    assert output.memory_stats["total_sequences"] == 3 and output.performance_stats["forward_passes"] == 2
+    model.remove_memory_hooks()
+
+
+def hooks(model):
+    return sum(len(m._forward_pre_hooks) + len(m._forward_hooks) for m in model.modules())
+
+
+def test_what_does_not_fit_is_refused(reference):
+    before = hooks(reference.model)
+    for call, match in [
+        (lambda: CMRTransformer({"hidden_size": 256}), "model_name"),
+        (lambda: CMRTransformer(None, None, "reference", model=reference.model), "not both"),
+        (lambda: CMRTransformer({"hidden_size": 768}, None, model=reference.model), "hidden_size is 768, but the model has 256"),
+        (lambda: CMRTransformer({"hiden_size": 768}, None, model=reference.model), "did you mean hidden_size"),
+        (lambda: CMRTransformer(None, {"target_layers": [6]}, model=reference.model), "layers must be ints in -6..5, got 6"),
+        (lambda: CMRTransformer(None, {"scoring_method": "gradient_based"}, model=reference.model), "backward pass"),
+        (lambda: MistralCMRModel(None, None, "reference-gpt2"), "for mistral"),
+        (lambda: FullCMRModel(None, None, model=reference.model, retrieval_config={"context_heads": 7}), "context_heads=7"),
+    ]:
+        with pytest.raises(ValueError, match=match):
+            call()
+    model = IntegratedCMRModel(None, None, model=reference.model)
+    with pytest.raises(ValueError, match="num_beams"):
+        model.generate(torch.tensor([[1, 2]]), num_beams=2)
+    with pytest.raises(ValueError, match="has memories already"):
+        IntegratedCMRModel(None, {"target_layers": [5]}, model=reference.model)
+    model.remove_memory_hooks()
+    assert hooks(reference.model) == before
+
+
+@torch.no_grad()
+def test_a_sliding_window_of_the_model_stays_what_it_is():
+    torch.manual_seed(0)
+    config = MistralConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8,
+        max_position_embeddings=128, sliding_window=8, bos_token_id=0, eos_token_id=0, pad_token_id=0)
+    model = MistralCMRModel(None, {"target_layers": [1], "relevance_threshold": 0.0}, model=MistralForCausalLM(config).eval())
+    text = torch.randint(1, 64, (1, 40))
+    model.remove_memory_hooks()
+    bare, written = model(text).logits, model.generate(text, max_new_tokens=6, do_sample=False)
+    model.register_memory_hooks()
+    assert torch.equal(model(text).logits, bare)
+    model.memory_buffer.clear_all()
+    assert torch.equal(model.generate(text, max_new_tokens=6, do_sample=False), written)
+    assert not torch.equal(model(text).logits, bare)
+    model.remove_memory_hooks()
+
+
+@torch.no_grad()
+def test_sleep_consolidates_the_memories(reference, ids):
+    model = IntegratedCMRModel(None, {**MEMORY, "target_layers": [5], "logit_cache": 0}, model=reference.model, tokenizer=reference.tokenizer)
+    for _ in range(4):
+        model(ids)
+    before = len(model.memory_buffer)
+    night = SleepContext(LMModelState("m"), stores={"cmr": model.memory_buffer})
+    report = run_transaction(SemanticConsolidation(memory_budget=0.3), night)
+    assert report.status == "committed" and before == 4 * ids.shape[1] and len(model.memory_buffer) <= 0.3 * before + 1
+    assert model(ids).memory_info["recalled"][5] > 0
+    model.remove_memory_hooks()
+
+
+def test_a_retrieval_stays_within_its_budget_and_its_layer():
+    buffer = LayeredMemoryBuffer(50, 100)
+    generator = torch.Generator().manual_seed(0)
+    for layer in (0, 1):
+        buffer.store_states(
+            torch.randn(50, 16, generator=generator), layer, torch.arange(50), torch.rand(50, generator=generator), layer)
+    retriever = AdvancedMemoryRetriever(16, buffer, {"similarity_threshold": -1.0, "neighbours_before": 1, "neighbours_after": 3})
+    context = RetrievalContext(0, 1, torch.randn(2, 3, 16), retrieval_budget=7)
+    for strategy in ("semantic_similarity", "contextual_relevance", "multi_criteria", "hierarchical", "task_specific", "hybrid_ensemble"):
+        found = retriever.retrieve_memories(context, strategy)
+        assert len(found) == 7 and {e.layer_idx for e in found} == {1} and len({e.position_idx for e in found}) == 7
+    assert retriever.retrieve_memories(RetrievalContext(0, 3, torch.randn(16), retrieval_budget=7)) == []
