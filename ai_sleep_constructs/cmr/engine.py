@@ -20,7 +20,7 @@ from .recall import BufferRecall
 from .reweaving import Reweaver
 from .scoring import SCORING_METHODS, RelevanceScorer
 
-# %% ../../nbs/cmr/engine.ipynb #88701d48
+# %% ../../nbs/cmr/engine.ipynb #324c421a
 class MemoryEngine:
     "Memories of a model: what it reads is captured, scored and kept, and comes back while it reads on."
 
@@ -45,12 +45,13 @@ class MemoryEngine:
         )
         self.scorer = RelevanceScorer(width, config.scoring_method, seed=config.seed)
         self.cache = LogitCache(width, config.logit_cache, device=device) if config.logit_cache else None
-        self.captured: dict[int, Tensor] = {}  # by layer, the states of the last pass, [batch, tokens, hidden]
+        self.captured = self.recall.states  # by layer, the states of the last pass, [batch, tokens, hidden]
         self.stored = 0  # memories that the last pass left
         self.sequence: Tensor | None = None  # the text of each row, int64 of shape [batch]
         self.next_sequence = 0
         self.generating = False
         self._handles: list[Any] = []
+        self.weaver: Reweaver | None = None  # the layers that attend to memories, while attached
         self._context: tuple[Tensor, Tensor, Tensor] | None = None  # ids, what is not padding, and places of the pass
         self._final: Tensor | None = None
         self._seen = torch.zeros(0, dtype=torch.int64)  # by row, the first place that was not seen yet
@@ -69,8 +70,8 @@ class MemoryEngine:
             return
         chosen, base = [layer.index for layer in self.layers], self.model.base_model
         assert isinstance(base, nn.Module)
-        weaver = Reweaver(self.model, self.recall, chosen)
-        self._handles = [weaver, StateCapture(self.model, self._capture, chosen)]
+        self.weaver = Reweaver(self.model, self.recall, chosen)
+        self._handles = [self.weaver, StateCapture(self.model, self._capture, chosen)]
         self._handles += [
             self.model.register_forward_pre_hook(self._begin, with_kwargs=True), self.model.register_forward_hook(self._end, with_kwargs=True),
             base.register_forward_hook(self._keep_final),
@@ -81,11 +82,12 @@ class MemoryEngine:
         "Take everything off the model. A second call does nothing."
         for handle in self._handles:
             handle.remove()
-        self._handles = []
+        self._handles, self.weaver = [], None
         self._forget_pass()
 
     def _forget_pass(self) -> None:
-        self.captured, self._final, self._context = {}, None, None
+        self.captured.clear()
+        self._final, self._context = None, None
 
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._forget_pass()

@@ -20,7 +20,7 @@ from .recall import BufferRecall
 from .reweaving import Reweaver
 from .scoring import RelevanceScorer
 
-# %% ../../nbs/cmr/streaming.ipynb #b5ea2fb8
+# %% ../../nbs/cmr/streaming.ipynb #54d214ed
 def band(
     held: int,  # tokens in the cache
     new: int,  # tokens that are read now
@@ -71,10 +71,12 @@ class MemoryStream:
         self._states: dict[int, Tensor] = {}
         self._final: Tensor | None = None
         self._handles: list[Any] = [self._head.register_forward_pre_hook(self._take_final)]
+        self.weaver: Reweaver | None = None  # the layers that attend to memories
         if recall is not None:
             chosen = list(layers)
-            recall.window, recall.sequence = window, sequence
-            self._handles += [StateCapture(model, self._states.__setitem__, chosen), Reweaver(model, recall, chosen)]
+            recall.window, recall.sequence, recall.states = window, sequence, self._states
+            self.weaver = Reweaver(model, recall, chosen)
+            self._handles += [StateCapture(model, self._states.__setitem__, chosen), self.weaver]
         self.start(sequence)
 
     def start(
