@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['fit_whitening', 'fit_gate', 'choose_layers']
 
-# %% ../../nbs/cmr/calibration.ipynb #b91bdaad
+# %% ../../nbs/cmr/calibration.ipynb #6eeca124
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import pandas as pd
@@ -21,7 +21,7 @@ from .recall import BufferRecall
 from .streaming import MemoryStream
 from .tensor_buffer import TensorBuffer
 
-# %% ../../nbs/cmr/calibration.ipynb #b2a290a6
+# %% ../../nbs/cmr/calibration.ipynb #fdac8c2a
 class _Notes(LogitCache):
     "A cache that lets the model speak alone and notes what a gate can learn from."
 
@@ -39,12 +39,14 @@ class _Notes(LogitCache):
         return logits
 
 
-def _notes(model: Any, documents: Sequence[Tensor], memories: int, window: int, **options: Any) -> _Notes:
+def _notes(
+    model: Any, documents: Sequence[Tensor], memories: int, window: int, recall: Callable[[], BufferRecall] | None = None,
+    layers: Sequence[int] = (), **options: Any,
+) -> _Notes:
     notes = _Notes(model.get_output_embeddings().weight.shape[1], memories, device=next(model.parameters()).device, **options)
-    with MemoryStream(model, window=window, cache=notes) as stream:
-        for number, ids in enumerate(documents):
-            notes.buffer.clear_all()
-            stream.start(number)
+    for ids in documents:
+        notes.buffer.clear_all()
+        with MemoryStream(model, window=window, cache=notes, recall=None if recall is None else recall(), layers=layers) as stream:
             stream.read(ids)
     return notes
 
@@ -67,24 +69,26 @@ def fit_gate(
     whitening: Whitening | None = None,  # how states are compared
     memories: Iterable[int] = (512, 4096),  # sizes of the cache to be good at
     window: int = 256,  # tokens that it sees
+    recall: Callable[[], BufferRecall] | None = None,  # makes the memories that its attention will have beside the cache; None: it has none
+    layers: Sequence[int] = (),  # the layers that attend to them
     data: str = "",  # what the documents are, to be saved with the gate
     seed: int = 0,  # of the training
 ) -> LearnedGate:
     "A gate for a `LogitCache` with this whitening. ValueError when the documents are too short to learn from."
-    samples = [s for size in memories for s in _notes(model, documents, size, window, whitening=whitening).samples]
+    samples = [s for size in memories for s in _notes(model, documents, size, window, recall, layers, whitening=whitening).samples]
     gate = LearnedGate()
     gate.fit(samples, seed=seed, data=data)
     return gate.to(next(model.parameters()).device)
 
-# %% ../../nbs/cmr/calibration.ipynb #6a0ddf0a
+# %% ../../nbs/cmr/calibration.ipynb #1adc710f
 def choose_layers(
     model: nn.Module,  # a causal language model of `transformers` with rotary positions
     documents: Sequence[Tensor],  # texts that it was not trained on, each int64 of shape [T], a few times as long as the window
     *,
     memories: int = 4096,  # states that each layer keeps
     window: int = 256,  # tokens that the model sees
-    biases: Sequence[float] = (-2.0, 0.0),  # of the memories' attention logits
-    most: int = 2,  # how many layers at most
+    biases: Sequence[float] = (0.0, 1.0),  # of the memories' attention logits
+    most: int = 3,  # how many layers at most
     least_gain: float = 0.001,  # the share of the loss that a layer must take off to be chosen
     **options: Any,  # further options of `BufferRecall`
 ) -> tuple[list[int], float, pd.DataFrame]:

@@ -15,7 +15,7 @@ from .layers import MemoryLayer
 from .reweaving import Recalled
 from .tensor_buffer import TensorBuffer
 
-# %% ../../nbs/cmr/recall.ipynb #11ca7481
+# %% ../../nbs/cmr/recall.ipynb #ec4a4e35
 PLACES = ("auto", "true", "clamped")
 FINDS = ("states", "queries")
 
@@ -31,11 +31,11 @@ class BufferRecall:
         self,
         buffer: TensorBuffer,  # states of the target layers, with the field of `key_fields`
         *,
-        budget: int | None = 64,  # how many are recalled for a piece of text; None: all
+        budget: int | None = 128,  # how many are recalled for a piece of text; None: all
         window: int | None = None,  # tokens that the model has before it anyway; None: no memories of the same text
         places: str = "auto",  # true positions, a clamped distance, or true within reach and clamped beyond it
         reach: int = 1024,  # the largest distance that the model was trained on, in tokens
-        distance: int = 192,  # where memories are put when they are not at their true position, in tokens
+        distance: int = 64,  # where memories are put when they are not at their true position, in tokens
         bias: float = 0.0,  # added to the attention logits of memories
         find: str = "states",  # by the states that enter the layer, where there are any, or by its queries
         before: int = 0,  # neighbours that come with each memory
