@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['Recall', 'Recalled', 'joint_mask', 'Reweaver']
 
-# %% ../../nbs/cmr/reweaving.ipynb #3fc9edc8
+# %% ../../nbs/cmr/reweaving.ipynb #55498d2b
 import copy
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .layers import MemoryLayer, memory_layers
 
-# %% ../../nbs/cmr/reweaving.ipynb #cd0fc107
+# %% ../../nbs/cmr/reweaving.ipynb #216bb158
 @dataclass(frozen=True)
 class Recalled:
     "Memories as a layer attends to them; batch is that of the queries, or 1 for the same memories in every row."
@@ -30,10 +30,22 @@ class Recalled:
 
 Recall = Callable[[MemoryLayer, Tensor, Tensor], Recalled | None]
 
-_WOVEN: "WeakKeyDictionary[nn.Module, tuple[Reweaver, MemoryLayer]]" = WeakKeyDictionary()
 _BASES = ("sdpa", "eager")
 
-# %% ../../nbs/cmr/reweaving.ipynb #dc0f429a
+class _Thread:
+    "What a woven attention module holds. A copy of the module holds it too, but is not its owner, so it is a bare one."
+
+    def __init__(self, weaver: "Reweaver", layer: MemoryLayer):
+        self.weaver, self.layer, self.owner = weaver, layer, ref(layer.attention)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "_Thread":
+        return self
+
+def _thread(module: nn.Module) -> Any:
+    held = vars(module).get("_memory_thread")
+    return held if held is not None and held.owner() is module else None
+
+# %% ../../nbs/cmr/reweaving.ipynb #a7097c11
 def joint_mask(
     mask: Tensor | None,  # the window's: None for causal, else bool or additive, of shape [batch, 1, tokens, entries or more]
     recalled: Recalled,  # the memories
@@ -62,9 +74,9 @@ def _woven_attention(base: str) -> Callable[..., Any]:
     def attend(
         module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
     ) -> tuple[Tensor, Tensor | None]:
-        weaver, layer = _WOVEN.get(module, (None, None))
-        recalled = None
-        if weaver is not None and weaver.active and layer is not None:
+        held, recalled = _thread(module), None
+        if held is not None and held.weaver.active:
+            weaver, layer = held.weaver, held.layer
             positions = options.get("position_ids")
             if positions is None:
                 raise ValueError(f"position_ids: {layer.block.name} was called without them, so memories have no place to go")
@@ -75,7 +87,7 @@ def _woven_attention(base: str) -> Callable[..., Any]:
         keys = torch.cat([recalled.keys.to(key.dtype).expand(batch, -1, -1, -1), key], dim=2)
         values = torch.cat([recalled.values.to(value.dtype).expand(batch, -1, -1, -1), value], dim=2)
         joint = joint_mask(attention_mask, recalled, query, key.shape[2])
-        if weaver is not None and weaver.watch is not None and layer is not None:
+        if weaver.watch is not None:
             grouped = query.unflatten(1, (keys.shape[1], -1)).float() @ keys[:, :, None].float().transpose(-1, -2)
             weights = (grouped * options["scaling"] + joint[:, :, None].float()).softmax(-1)
             weaver.watch(layer, weights[..., : recalled.keys.shape[2]].mean(dim=(1, 2)))
@@ -85,7 +97,7 @@ def _woven_attention(base: str) -> Callable[..., Any]:
         return out.transpose(1, 2).contiguous(), None
     return attend
 
-# %% ../../nbs/cmr/reweaving.ipynb #6e31f798
+# %% ../../nbs/cmr/reweaving.ipynb #24cb2e87
 class Reweaver:
     """
     The target layers of a model attend to what `recall` gives them, until `remove`. A context manager.
@@ -108,7 +120,7 @@ class Reweaver:
         for layer in self.layers:
             base = layer.attention.config._attn_implementation
             if base not in _BASES:
-                what = "has memories already; remove its Reweaver first" if layer.attention in _WOVEN else f"attends by {base!r}"
+                what = "has memories already; remove its Reweaver first" if _thread(layer.attention) is not None else f"attends by {base!r}"
                 raise ValueError(f"layers: {layer.block.name} {what}; allowed is the attention {' or '.join(_BASES)}")
         for layer in self.layers:
             attention = layer.attention
@@ -118,7 +130,7 @@ class Reweaver:
             self._configs.append((attention, attention.config))
             attention.config = copy.copy(attention.config)  # the model's own is shared, and says how masks are made
             attention.config._attn_implementation_internal = name
-            _WOVEN[attention] = (self, layer)
+            vars(attention)["_memory_thread"] = _Thread(self, layer)
 
     @property
     def attached(self) -> bool:
@@ -129,7 +141,7 @@ class Reweaver:
         "Give the layers their own attention back. A second call does nothing."
         for attention, config in self._configs:
             attention.config = config
-            _WOVEN.pop(attention, None)
+            vars(attention).pop("_memory_thread", None)
         self._configs = []
 
     def __enter__(self) -> "Reweaver":
