@@ -12,14 +12,23 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-# %% ../../nbs/cmr/matching.ipynb #c446f033
+# %% ../../nbs/cmr/matching.ipynb #77a88da6
+_PRODUCTS = 2**22  # products of queries and memories that are held at a time
+
 def best_cosine(
-    queries: Tensor,  # of shape [queries, hidden]
+    queries: Tensor,  # of shape [queries, hidden], one or more
     states: Tensor,  # of shape [memories, hidden]
+    scale: Tensor | None = None,  # 1 / norm of each state where it is known, which saves a pass over them, float32 of shape [memories]
 ) -> Tensor:
     "The largest cosine of each memory to any query, float32 of shape [memories]."
-    q, s = (nn.functional.normalize(x.float(), dim=-1) for x in (queries, states))
-    return (q @ s.T).amax(0)
+    states = states.float()
+    if scale is None:
+        scale = 1 / torch.linalg.vector_norm(states, dim=-1).clamp_min(1e-12)
+    blocks = nn.functional.normalize(queries.float(), dim=-1).split(max(1, _PRODUCTS // max(1, len(states))))
+    best = (blocks[0] @ states.T).amax(0)
+    for block in blocks[1:]:
+        best = torch.maximum(best, (block @ states.T).amax(0))
+    return best * scale
 
 
 class SemanticMemoryMatcher:
@@ -33,9 +42,9 @@ class SemanticMemoryMatcher:
             raise ValueError(f"similarity_threshold must be a number from -1 to 1, got {similarity_threshold!r}")
         self.similarity_threshold = similarity_threshold
 
-    def __call__(self, queries: Tensor, states: Tensor) -> Tensor:
-        "The similarity, -inf below the threshold, float32 of shape [memories]."
-        found = best_cosine(queries, states)
+    def __call__(self, queries: Tensor, states: Tensor, scale: Tensor | None = None) -> Tensor:
+        "The similarity, -inf below the threshold, float32 of shape [memories]; the arguments are those of `best_cosine`."
+        found = best_cosine(queries, states, scale)
         return found.masked_fill(found < self.similarity_threshold, -torch.inf)
 
 
@@ -61,10 +70,16 @@ class ContextualRelevanceScorer:
         "The mean attention relative to an even spread, float32 of shape [memories]; ValueError when the heads do not divide the width."
         if queries.shape[-1] % self.context_heads:
             raise ValueError(f"context_heads={self.context_heads} must divide the width of the states, {queries.shape[-1]}")
-        q, s = (nn.functional.normalize(x.float().unflatten(-1, (self.context_heads, -1)), dim=-1) for x in (queries, states))
-        return (torch.einsum("qhd,nhd->hqn", q, s) * self.sharpness).softmax(-1).mean(dim=(0, 1)) * len(states)
+        q, s = (x.float().unflatten(-1, (self.context_heads, -1)) for x in (queries, states))
+        scale = (self.sharpness / torch.linalg.vector_norm(s, dim=-1).clamp_min(1e-12)).T[:, None]  # heads, 1, memories
+        received = torch.zeros(len(states), device=states.device)
+        for block in nn.functional.normalize(q, dim=-1).split(max(1, _PRODUCTS // max(1, scale.numel()))):
+            attention = torch.bmm(block.transpose(0, 1), s.permute(1, 2, 0)).mul_(scale)
+            attention = attention.sub_(attention.amax(-1, keepdim=True)).exp_()
+            received += torch.bmm((1 / attention.sum(-1))[:, None], attention).sum((0, 1))
+        return received * (len(states) / (len(queries) * self.context_heads))
 
-# %% ../../nbs/cmr/matching.ipynb #bca45592
+# %% ../../nbs/cmr/matching.ipynb #75f98c7a
 CRITERIA = {"relevance": 0.4, "similarity": 0.3, "recency": 0.2, "diversity": 0.1}
 
 def unit_range(
@@ -107,7 +122,8 @@ class MultiCriteriaRanker:
         if not weight:
             best = base.topk(k)
             return best.values, best.indices
-        unit = nn.functional.normalize(states.float(), dim=-1)
+        pool = (base >= base.topk(k).values[-1] - weight - 1e-6).nonzero()[:, 0]  # diversity adds at most its weight: no other can be chosen
+        base, unit = base[pool], nn.functional.normalize(states[pool].float(), dim=-1)
         nearest = torch.full_like(base, -1.0)
         scores, places = [], []
         for _ in range(k):
@@ -117,9 +133,9 @@ class MultiCriteriaRanker:
             places.append(place)
             nearest = torch.maximum(nearest, unit @ unit[place])
             base = base.index_fill(0, place[None], -torch.inf)
-        return torch.stack(scores), torch.stack(places)
+        return torch.stack(scores), pool[torch.stack(places)]
 
-# %% ../../nbs/cmr/matching.ipynb #6709d15f
+# %% ../../nbs/cmr/matching.ipynb #d189b76a
 class MemoryHierarchy:
     "Clusters of memories, searched from the nearest on."
 
@@ -177,6 +193,12 @@ class MemoryHierarchy:
         self,
         queries: Tensor,  # of shape [queries, hidden]
         probes: int,  # how many clusters
+        sizes: Tensor | None = None,  # how many memories each cluster has now, of shape [clusters]
+        least: int = 0,  # take further clusters until there are so many memories in them
     ) -> Tensor:
-        "The clusters closest to any of the queries, int64 of shape [min(probes, clusters)]."
-        return best_cosine(queries, self.centres).topk(min(probes, len(self.centres))).indices
+        "The clusters closest to any of the queries, nearest first, int64 of shape [min(probes, clusters)], or more when `sizes` are given."
+        order = best_cosine(queries, self.centres).argsort(descending=True, stable=True)
+        if sizes is None:
+            return order[:probes]
+        inside = sizes[order].cumsum(0)
+        return order[: max(probes, int((inside < least).sum()) + 1)]

@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['STRATEGIES', 'DEFAULTS', 'RetrievalCache', 'AdvancedMemoryRetriever']
 
-# %% ../../nbs/cmr/retrieval.ipynb #68cfccf1
+# %% ../../nbs/cmr/retrieval.ipynb #d900d5e2
 import hashlib
 import time
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -26,8 +27,9 @@ from ai_sleep_constructs.cmr.matching import (
     SemanticMemoryMatcher,
     best_cosine,
 )
+from .rows import Rows
 
-# %% ../../nbs/cmr/retrieval.ipynb #7e593ca8
+# %% ../../nbs/cmr/retrieval.ipynb #8ac8eaf2
 class RetrievalCache:
     "The last answers, by content. The oldest unused one goes when it is full."
 
@@ -64,13 +66,17 @@ class RetrievalCache:
         self.misses += 1
         return None
 
+    def clear(self) -> None:
+        "Forget all answers; the counts stay."
+        self._held.clear()
+
     def put(self, key: bytes, answer: Any) -> None:
         "Keep an answer."
         self._held[key] = answer
         while len(self._held) > self.size:
             self._held.popitem(last=False)
 
-# %% ../../nbs/cmr/retrieval.ipynb #a3a0d994
+# %% ../../nbs/cmr/retrieval.ipynb #c5e1d884
 STRATEGIES = ("semantic_similarity", "contextual_relevance", "multi_criteria", "hierarchical", "task_specific", "hybrid_ensemble")
 DEFAULTS: dict[str, Any] = {
     "similarity_threshold": 0.7, "context_heads": 8, "max_clusters": 32, "cache_size": 1000, "criteria_weights": CRITERIA,
@@ -103,8 +109,9 @@ class AdvancedMemoryRetriever:
         self.contextual = ContextualRelevanceScorer(config["context_heads"])
         self.ranker = MultiCriteriaRanker(config["criteria_weights"])
         self.cache = RetrievalCache(config["cache_size"])
-        self.tasks: dict[str, Callable[[RetrievalContext, Tensor], tuple[Tensor, Tensor]]] = {}
+        self.tasks: dict[str, Callable[[RetrievalContext, Rows], tuple[Tensor, Tensor]]] = {}
         self._trees: dict[int, tuple[MemoryHierarchy, Tensor, Tensor]] = {}  # by layer: clusters, the cluster and the insertion of each row
+        self._rows: dict[int, weakref.ref[Rows]] = {}  # by layer: the rows that cached answers and clusters are about
         self._used, self._seconds = dict.fromkeys(STRATEGIES, 0), 0.0
         self.register_task("general", "multi_criteria")
 
@@ -120,7 +127,8 @@ class AdvancedMemoryRetriever:
             self.tasks[task_type] = getattr(self, f"_{how}")
         else:
             ranker = MultiCriteriaRanker(how)
-            self.tasks[task_type] = lambda context, slots: self._ranked(context, slots, ranker)
+            self.tasks[task_type] = lambda context, rows: self._ranked(context, rows, ranker)
+        self.cache.clear()
 
     @torch.no_grad()
     def retrieve(
@@ -137,21 +145,42 @@ class AdvancedMemoryRetriever:
             raise ValueError(f"strategy must be one of {', '.join(STRATEGIES)}, got {strategy!r}")
         if context.queries.shape[-1] != self.hidden_size:
             raise ValueError(f"current_hidden_states must have {self.hidden_size} channels, got {context.queries.shape[-1]}")
-        began, layer, buffer = time.perf_counter(), context.current_layer_idx, self.memory_buffer
-        key = RetrievalCache.key(context.queries, layer, strategy, context.task_type, context.retrieval_budget, buffer.version)
-        answer: tuple[Tensor, Tensor] | None = self.cache.get(key)
-        if answer is None:
-            slots = buffer.slots(layer)
-            if len(slots) and len(context.queries):
-                scores, found = getattr(self, f"_{strategy}")(context, slots)
-                answer = self._around(layer, scores, found, context.retrieval_budget)
-            else:
-                answer = torch.empty(0, device=buffer.device), slots[:0]
-            self.cache.put(key, answer)
-        if len(answer[1]):
-            buffer.touch(layer, answer[1])
+        if not bool(context.queries.isfinite().all()):
+            raise ValueError(f"current_hidden_states must be finite, got {int((~context.queries.isfinite()).sum())} non-finite values")
+        began, layer = time.perf_counter(), context.current_layer_idx
+        rows = self._current(layer)
+        if rows is None or not rows.count or not len(context.queries):
+            answer = torch.empty(0, device=self.memory_buffer.device), self.memory_buffer.slots(layer)[:0]
+        else:
+            answer = self._answer(context, strategy, rows)
+            self.memory_buffer.touch(layer, answer[1])
         self._used[strategy] += 1
         self._seconds += time.perf_counter() - began
+        return answer
+
+    def _current(self, layer: int) -> Rows | None:
+        "The rows of the layer; what is known of others that were there before (a buffer that was loaded or restored) is forgotten."
+        rows, known = self.memory_buffer.layers.get(layer), self._rows.get(layer)
+        if rows is not None and (known is None or known() is not rows):
+            self.cache.clear()
+            self._trees.pop(layer, None)
+            self._rows[layer] = weakref.ref(rows)
+        return rows
+
+    def _answer(self, context: RetrievalContext, strategy: str, rows: Rows) -> tuple[Tensor, Tensor]:
+        "From the cache, or found now. A copy: what is done to it does not change the cache."
+        find, key = getattr(self, f"_{strategy}"), b""
+        if self.cache.size:
+            key = RetrievalCache.key(
+                context.queries, context.current_layer_idx, strategy, context.task_type, context.retrieval_budget, rows.version
+            )
+            held: tuple[Tensor, Tensor] | None = self.cache.get(key)
+            if held is not None:
+                return held[0].clone(), held[1].clone()
+        scores, slots = find(context, rows)
+        answer = self._around(context.current_layer_idx, scores, slots, context.retrieval_budget)
+        if self.cache.size:
+            self.cache.put(key, (answer[0].clone(), answer[1].clone()))
         return answer
 
     def retrieve_memories(
@@ -170,71 +199,86 @@ class AdvancedMemoryRetriever:
             "strategy_usage": {name: used for name, used in self._used.items() if used},
         }
 
-    def _states(self, context: RetrievalContext, slots: Tensor) -> tuple[Tensor, Tensor]:
-        rows = self.memory_buffer.layers[context.current_layer_idx]
-        return context.queries.to(rows["states"].device, torch.float32), rows["states"][slots].float()
+    def _queries(self, context: RetrievalContext, rows: Rows) -> Tensor:
+        return context.queries.to(rows["states"].device, torch.float32)
+
+    def _column(self, rows: Rows, name: str) -> Tensor:
+        "A column for the memories of `rows.slots()`, without a copy when no row is empty."
+        return rows[name][: rows.filled] if rows.count == rows.filled else rows[name][rows.slots()]
+
+    def _similarity(self, context: RetrievalContext, rows: Rows) -> Tensor:
+        return best_cosine(self._queries(context, rows), self._column(rows, "states"), self._column(rows, "scale"))
 
     def _top(self, scores: Tensor, slots: Tensor, k: int) -> tuple[Tensor, Tensor]:
         best = scores.topk(min(k, len(scores)))
         fine = best.values > -torch.inf
         return best.values[fine], slots[best.indices[fine]]
 
-    def _semantic_similarity(self, context: RetrievalContext, slots: Tensor) -> tuple[Tensor, Tensor]:
-        return self._top(self.matcher(*self._states(context, slots)), slots, context.retrieval_budget)
+    def _semantic_similarity(self, context: RetrievalContext, rows: Rows) -> tuple[Tensor, Tensor]:
+        scores = self.matcher(self._queries(context, rows), self._column(rows, "states"), self._column(rows, "scale"))
+        return self._top(scores, rows.slots(), context.retrieval_budget)
 
-    def _contextual_relevance(self, context: RetrievalContext, slots: Tensor) -> tuple[Tensor, Tensor]:
-        return self._top(self.contextual(*self._states(context, slots)), slots, context.retrieval_budget)
+    def _contextual_relevance(self, context: RetrievalContext, rows: Rows) -> tuple[Tensor, Tensor]:
+        return self._top(self.contextual(self._queries(context, rows), self._column(rows, "states")), rows.slots(), context.retrieval_budget)
 
-    def _multi_criteria(self, context: RetrievalContext, slots: Tensor) -> tuple[Tensor, Tensor]:
-        return self._ranked(context, slots, self.ranker)
+    def _multi_criteria(self, context: RetrievalContext, rows: Rows) -> tuple[Tensor, Tensor]:
+        return self._ranked(context, rows, self.ranker)
 
-    def _ranked(self, context: RetrievalContext, slots: Tensor, ranker: MultiCriteriaRanker) -> tuple[Tensor, Tensor]:
-        rows = self.memory_buffer.layers[context.current_layer_idx]
-        queries, states = self._states(context, slots)
-        scores, places = ranker(rows["relevance"][slots], best_cosine(queries, states), rows["stored"][slots], states, context.retrieval_budget)
-        return scores, slots[places]
+    def _ranked(self, context: RetrievalContext, rows: Rows, ranker: MultiCriteriaRanker) -> tuple[Tensor, Tensor]:
+        scores, places = ranker(
+            self._column(rows, "relevance"), self._similarity(context, rows), self._column(rows, "stored"), self._column(rows, "states"),
+            context.retrieval_budget,
+        )
+        return scores, rows.slots()[places]
 
-    def _hierarchical(self, context: RetrievalContext, slots: Tensor) -> tuple[Tensor, Tensor]:
-        layer = context.current_layer_idx
-        rows = self.memory_buffer.layers[layer]
-        queries, states = self._states(context, slots)
-        tree, clusters, stored = self._trees.get(layer, (MemoryHierarchy(self.config["max_clusters"]), slots[:0], slots[:0]))
-        known = torch.zeros(rows.capacity, dtype=torch.int64, device=slots.device)
-        known[: len(stored)] = stored
-        new = rows["stored"][slots] != known[slots]  # rows that were written since
-        of = torch.zeros(rows.capacity, dtype=torch.int64, device=slots.device)
-        of[: len(clusters)] = clusters
-        if bool(new.any()):
-            joined = tree.add(states[new])
+    def _hierarchical(self, context: RetrievalContext, rows: Rows) -> tuple[Tensor, Tensor]:
+        "Only the memories in the nearest clusters are compared; as many clusters as the budget needs, `probes` at least."
+        queries, slots = self._queries(context, rows), rows.slots()
+        tree, of = self._clustered(context.current_layer_idx, rows, slots)
+        sizes = of[slots].bincount(minlength=len(tree.centres))
+        chosen = torch.zeros_like(sizes, dtype=torch.bool)
+        chosen[tree.nearest(queries, self.config["probes"], sizes, context.retrieval_budget)] = True
+        inside = slots[chosen[of[slots]]]
+        return self._top(best_cosine(queries, rows["states"][inside], rows["scale"][inside]), inside, context.retrieval_budget)
+
+    def _clustered(self, layer: int, rows: Rows, slots: Tensor) -> tuple[MemoryHierarchy, Tensor]:
+        "The layer's clusters, and the cluster of each row: up to date."
+        if layer not in self._trees:
+            empty = torch.zeros_like(rows["stored"])  # insertions are counted from 1
+            self._trees[layer] = MemoryHierarchy(self.config["max_clusters"]), empty.clone(), empty
+        tree, of, known = self._trees[layer]
+        new = slots[rows["stored"][slots] != known[slots]]
+        if len(new):
+            joined = tree.add(rows["states"][new])
             if joined is None:
-                of[slots] = tree.fit(states)
+                of[slots] = tree.fit(rows["states"][slots])
             else:
-                of[slots[new]] = joined
-            self._trees[layer] = (tree, of, rows["stored"].clone())
-        inside = torch.isin(of[slots], tree.nearest(queries, self.config["probes"]))
-        return self._top(best_cosine(queries, states[inside]), slots[inside], context.retrieval_budget)
+                of[new] = joined
+            known[new] = rows["stored"][new]
+        return tree, of
 
-    def _task_specific(self, context: RetrievalContext, slots: Tensor) -> tuple[Tensor, Tensor]:
+    def _task_specific(self, context: RetrievalContext, rows: Rows) -> tuple[Tensor, Tensor]:
         task = context.task_type or "general"
         if task not in self.tasks:
             raise ValueError(f"task_type must be one of {', '.join(self.tasks)}, or be registered by register_task, got {task!r}")
-        return self.tasks[task](context, slots)
+        return self.tasks[task](context, rows)
 
-    def _hybrid_ensemble(self, context: RetrievalContext, slots: Tensor) -> tuple[Tensor, Tensor]:
+    def _hybrid_ensemble(self, context: RetrievalContext, rows: Rows) -> tuple[Tensor, Tensor]:
         "Reciprocal ranks of similarity, context, relevance and recency added up (Cormack et al. 2009)."
-        rows = self.memory_buffer.layers[context.current_layer_idx]
-        queries, states = self._states(context, slots)
-        views = (best_cosine(queries, states), self.contextual(queries, states), rows["relevance"][slots], rows["stored"][slots])
-        fused = sum((weight / (60 + view.argsort(descending=True, stable=True).argsort().float())
-                     for view, weight in zip(views, (1.0, 1.0, 0.5, 0.25), strict=True)), torch.zeros(len(slots), device=slots.device))
-        return self._top(fused, slots, context.retrieval_budget)
+        contextual = self.contextual(self._queries(context, rows), self._column(rows, "states"))
+        views = (self._similarity(context, rows), contextual, self._column(rows, "relevance"), self._column(rows, "stored"))
+        fused, ranks = torch.zeros(rows.count, device=contextual.device), torch.arange(60.0, 60.0 + rows.count, device=contextual.device)
+        for view, weight in zip(views, (1.0, 1.0, 0.5, 0.25), strict=True):
+            fused[view.argsort(descending=True, stable=True)] += weight / ranks
+        return self._top(fused, rows.slots(), context.retrieval_budget)
 
     def _around(self, layer: int, scores: Tensor, slots: Tensor, budget: int) -> tuple[Tensor, Tensor]:
-        "With the neighbours of each, in the order of their memories, each row once, cut to the budget."
+        "Each memory, what follows it and what came before it, then the next memory; each row once, cut to the budget."
         before, after = self.config["neighbours_before"], self.config["neighbours_after"]
         if not (before or after) or not len(slots):
             return scores[:budget], slots[:budget]
-        around = self.memory_buffer.neighbourhood(layer, slots, before, after)
+        places = [*range(before, before + after + 1), *range(before - 1, -1, -1)]
+        around = self.memory_buffer.neighbourhood(layer, slots, before, after)[:, places]
         scores = scores[:, None].expand_as(around).flatten()[around.flatten() >= 0]
         flat = around.flatten()[around.flatten() >= 0]
         order = flat.sort(stable=True)
