@@ -25,7 +25,7 @@ from ai_sleep_constructs.cmr.layers import key_fields, memory_layers
 from ai_sleep_constructs.cmr.logit_cache import LogitCache
 from ai_sleep_constructs.cmr.recall import BufferRecall
 from ai_sleep_constructs.cmr.reweaving import Reweaver
-from ai_sleep_constructs.cmr.streaming import MemoryStream
+from ai_sleep_constructs.cmr.streaming import MemoryStream, band
 from ai_sleep_constructs.cmr.tensor_buffer import TensorBuffer
 
 SMALL = {
@@ -202,10 +202,37 @@ def test_a_stream_has_constant_memory_and_a_refused_model():
             stream.read([1, 500])
         assert stream.position == 600
     assert hooks(llama) == 0
-    with pytest.raises(ValueError, match="learned positions"):
-        MemoryStream(FAMILIES["gpt2"]())
+    with pytest.raises(ValueError, match="256 tokens together"):
+        MemoryStream(FAMILIES["gpt2"](), window=200, chunk=64)
     with pytest.raises(ValueError, match="chunk"):
         MemoryStream(llama, window=8, chunk=9)
+
+
+@torch.no_grad()
+def test_a_stream_with_learned_positions_reads_its_window_anew_when_they_end():
+    torch.manual_seed(0)
+    gpt2 = FAMILIES["gpt2"]().eval()
+    text, window, chunk = ids(1, 600)[0], 32, 16
+    (layer,) = memory_layers(gpt2, [1])
+    buffer = TensorBuffer(1000, 1000, "fifo", fields=key_fields(layer))
+    with MemoryStream(gpt2, window=window, chunk=chunk) as stream:
+        found = stream.read(text)
+    recall = BufferRecall(buffer, budget=8)
+    with MemoryStream(gpt2, window=window, chunk=chunk, recall=recall, layers=[1]) as stream:
+        stream.read(text)
+    assert buffer.gather(1, buffer.slots(1)).positions.tolist() == list(range(600))  # what was read anew is not stored anew
+    expected, begin, start = torch.full((600,), torch.nan), 0, 0
+    while start < 600:  # by pieces of at most as many positions as there are, each with the window before it
+        end = begin + 256 // chunk * chunk
+        piece = text[begin:end]
+        logits = gpt2(input_ids=piece[None], attention_mask=band(0, len(piece), window, gpt2.lm_head.weight), use_cache=False).logits[0]
+        nll = torch.nn.functional.cross_entropy(logits[:-1], piece[1:], reduction="none")
+        fresh = max(start, 1)  # the first token of a piece is predicted by the last logits of the one before
+        expected[fresh : begin + len(piece)] = nll[fresh - begin - 1 :]
+        if begin:
+            expected[start] = torch.nn.functional.cross_entropy(last, text[start])
+        last, start, begin = logits[-1], end, end - window
+    assert torch.allclose(found[1:], expected[1:], atol=1e-5)
 
 
 def test_reading_in_other_pieces_gives_the_same():

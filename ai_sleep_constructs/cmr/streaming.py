@@ -20,7 +20,7 @@ from .recall import BufferRecall
 from .reweaving import Reweaver
 from .scoring import RelevanceScorer
 
-# %% ../../nbs/cmr/streaming.ipynb #54d214ed
+# %% ../../nbs/cmr/streaming.ipynb #ad1ff2da
 def band(
     held: int,  # tokens in the cache
     new: int,  # tokens that are read now
@@ -38,10 +38,10 @@ class MemoryStream:
     A text of any length, read with a window and with memories. A context manager; `close` takes all hooks away.
 
     `recall` brings states back into the attention of `layers`, `cache` lets final states vote; either may be None. The
-    buffer of `recall` must have the field of `cmr.recall.key_fields`. Models with rotary positions only.
+    buffer of `recall` must have the field of `cmr.layers.key_fields`.
     """
 
-    LIMIT = 2**15  # the position at which the cache is rotated back
+    LIMIT = 2**15  # positions that are used before the stream goes back to low ones; fewer where fewer were learned
 
     def __init__(
         self,
@@ -62,8 +62,12 @@ class MemoryStream:
         if chunk > window:
             raise ValueError(f"chunk must be at most the window of {window} tokens, got {chunk}")
         everywhere = memory_layers(model)
-        if everywhere[0].rotary is None:
-            raise ValueError("model: learned positions end; a stream needs rotary ones (Llama, Mistral, Qwen style)")
+        self._learned = everywhere[0].rotary is None
+        if self._learned:
+            own: Any = model.config
+            self.LIMIT = own.max_position_embeddings
+            if window + chunk > self.LIMIT:
+                raise ValueError(f"window and chunk must be {self.LIMIT} tokens together at most, as many as the model has positions, got {window} and {chunk}")
         self.model, self.window, self.chunk, self.cache, self.recall = model, window, chunk, cache, recall
         self.choices, self.first = choices, torch.empty(0, dtype=torch.bool)  # by token of the last `read`
         self.scorer, self._layers = scorer, {layer.index: layer for layer in everywhere}
@@ -137,7 +141,7 @@ class MemoryStream:
         nll = nn.functional.pad(nll, (missing, 0), value=torch.nan)
         self._remember(ids, final, nll, contexts)
         self._logits, self.position = logits[-1], self.position + len(ids)
-        self._recent = torch.cat([self._recent.to(ids), ids])[-ORDER:]
+        self._recent = torch.cat([self._recent.to(ids), ids])[-max(ORDER, self.window) :]
         self._slide()
         return nll
 
@@ -165,8 +169,11 @@ class MemoryStream:
         self._states.clear()
 
     def _slide(self) -> None:
-        "Cut the cache to what the next token still sees, and rotate it back before positions grow too large."
-        turn = self.position - self._offset >= self.LIMIT
+        "Cut the cache to what the next token still sees, and go back to low positions before they grow too large."
+        turn = self.position - self._offset + self.chunk > self.LIMIT
+        if turn and self._learned:
+            self._read_again()
+            return
         for index, layer in enumerate(self._kv.layers):
             keys, values = layer.keys[:, :, -self.window :], layer.values[:, :, -self.window :]
             if turn:
@@ -174,9 +181,24 @@ class MemoryStream:
                 keys = self._layers[index].rotate(keys, by, back=True)
             layer.keys, layer.values = keys, values
         if turn:
-            self._offset = self.position - self.window
-            if self.recall is not None:
-                self.recall.offset = self._offset
+            self._move(self.position - self.window)
+
+    def _move(self, offset: int) -> None:
+        self._offset = offset
+        if self.recall is not None:
+            self.recall.offset = offset
+
+    def _read_again(self) -> None:
+        "Fill an empty cache with the window, from position 0 on; nothing of it is remembered twice."
+        ids = self._recent[-self.window :]
+        self._move(self.position - len(ids))
+        self._kv = DynamicCache()
+        self.model(
+            input_ids=ids[None], position_ids=torch.arange(len(ids), device=ids.device)[None], past_key_values=self._kv, use_cache=True,
+            attention_mask=band(0, len(ids), self.window, self._head.weight),
+        )
+        self._final = None
+        self._states.clear()
 
     def close(self) -> None:
         "Take the hooks away. A second call does nothing."
