@@ -9,9 +9,12 @@ from ai_sleep_constructs.cmr import (
     FullCMRModel,
     IntegratedCMRModel,
     LayeredMemoryBuffer,
+    MemoryConfig,
     MistralCMRModel,
     RetrievalContext,
 )
+from ai_sleep_constructs.cmr.engine import MemoryEngine
+from ai_sleep_constructs.cmr.logit_cache import contexts_of
 from ai_sleep_constructs.cmr.retrieval import AdvancedMemoryRetriever
 from ai_sleep_constructs.reference.loading import load_model
 from ai_sleep_constructs.sleep.state import LMModelState
@@ -135,3 +138,32 @@ def test_a_retrieval_stays_within_its_budget_and_its_layer():
         found = retriever.retrieve_memories(context, strategy)
         assert len(found) == 7 and {e.layer_idx for e in found} == {1} and len({e.position_idx for e in found}) == 7
     assert retriever.retrieve_memories(RetrievalContext(0, 3, torch.randn(16), retrieval_budget=7)) == []
+
+
+@torch.no_grad()
+def test_what_the_logit_cache_remembers_does_not_depend_on_the_pieces(reference, ids):
+    padded, mask = torch.cat([ids, ids.flip(1)]), torch.ones(2, ids.shape[1], dtype=torch.int64)
+    mask[1, :5] = 0
+    found = []
+    for sizes in ([ids.shape[1]], [12, 1, 1, ids.shape[1] - 14]):
+        engine = MemoryEngine(reference.model, MemoryConfig(target_layers=[2], relevance_threshold=1.0, logit_cache=200))
+        engine.attach()
+        try:
+            past, read = None, 0
+            for piece in padded.split(sizes, dim=1):
+                read += piece.shape[1]
+                places = (mask.cumsum(1) - 1).clamp_min(0)[:, read - piece.shape[1] : read]
+                past = reference.model(
+                    input_ids=piece, attention_mask=mask[:, :read], position_ids=places, past_key_values=past, use_cache=True).past_key_values
+        finally:
+            engine.detach()
+        rows = engine.cache.buffer.layers[0]
+        slots = engine.cache.buffer.slots(0)
+        order = (rows["sequence"][slots] * 1000 + rows["position"][slots]).argsort()
+        found.append([rows[name][slots][order] for name in ("position", "field.token", "field.context", "relevance")])
+    whole, pieces = found
+    assert all(torch.equal(a, b) for a, b in zip(whole[:3], pieces[:3], strict=True))
+    assert torch.allclose(whole[3], pieces[3], atol=1e-5) and float(whole[3].std()) > 0.1
+    texts = [ids[0], ids.flip(1)[0, 5:]]
+    assert torch.equal(whole[2].long(), torch.cat([contexts_of(text)[:-1] for text in texts]))
+    assert torch.equal(whole[1], torch.cat([text[1:] for text in texts]))

@@ -221,7 +221,7 @@ def test_a_stream_with_learned_positions_reads_its_window_anew_when_they_end():
     with MemoryStream(gpt2, window=window, chunk=chunk, recall=recall, layers=[1]) as stream:
         stream.read(text)
     assert buffer.gather(1, buffer.slots(1)).positions.tolist() == list(range(600))  # what was read anew is not stored anew
-    expected, begin, start = torch.full((600,), torch.nan), 0, 0
+    expected, begin, start, last = torch.full((600,), torch.nan), 0, 0, torch.zeros(128)
     while start < 600:  # by pieces of at most as many positions as there are, each with the window before it
         end = begin + 256 // chunk * chunk
         piece = text[begin:end]

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MemoryEngine']
 
-# %% ../../nbs/cmr/engine.ipynb #90a6fafd
+# %% ../../nbs/cmr/engine.ipynb #f3a972b8
 from typing import Any
 
 import torch
@@ -15,12 +15,12 @@ from .buffer import LayeredMemoryBuffer
 from .capture import StateCapture
 from .configuration import MemoryConfig
 from .layers import key_fields, memory_layers
-from .logit_cache import LogitCache
+from .logit_cache import LogitCache, contexts_of
 from .recall import BufferRecall
 from .reweaving import Reweaver
 from .scoring import SCORING_METHODS, RelevanceScorer
 
-# %% ../../nbs/cmr/engine.ipynb #324c421a
+# %% ../../nbs/cmr/engine.ipynb #7726900f
 class MemoryEngine:
     "Memories of a model: what it reads is captured, scored and kept, and comes back while it reads on."
 
@@ -54,8 +54,11 @@ class MemoryEngine:
         self.weaver: Reweaver | None = None  # the layers that attend to memories, while attached
         self._context: tuple[Tensor, Tensor, Tensor] | None = None  # ids, what is not padding, and places of the pass
         self._final: Tensor | None = None
+        self._logits: Tensor | None = None  # the model's own, of the pass, when they are made for all of its tokens
+        self._contexts: Tensor | None = None  # the tokens before each one, of the pass
         self._seen = torch.zeros(0, dtype=torch.int64)  # by row, the first place that was not seen yet
-        self._pending: tuple[Tensor, Tensor] | None = None  # last final states and whether they are real, by row
+        self._pending: tuple[Tensor, Tensor, Tensor] | None = None  # last final states, their own logits and contexts, by row
+        self._real = torch.zeros(0, dtype=torch.bool)  # by row, whether that was a token and no padding
 
     # hooks
 
@@ -87,7 +90,7 @@ class MemoryEngine:
 
     def _forget_pass(self) -> None:
         self.captured.clear()
-        self._final, self._context = None, None
+        self._final, self._context, self._logits = None, None, None
 
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._forget_pass()
@@ -107,6 +110,8 @@ class MemoryEngine:
             self._seen, self._pending = torch.zeros(len(ids), dtype=torch.int64, device=ids.device), None
         self.recall.sequence = self.sequence if self.sequence is not None else 0
         self._context = (ids, real, positions.expand(len(ids), -1))
+        before = self._pending[2].flip(-1) if held and self._pending is not None else None
+        self._contexts = contexts_of(ids.masked_fill(~real, -1), before)
 
     def _capture(self, layer: int, states: Tensor) -> None:
         self.captured[layer] = states
@@ -114,26 +119,31 @@ class MemoryEngine:
     def _keep_final(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         self._final = output[0].detach()
 
-    @torch.no_grad()
-    def _votes_on(self, states: Tensor, logits: Tensor) -> Tensor:
-        assert self.cache is not None
-        flat = self.cache.mix(logits.flatten(0, -2), states.flatten(0, -2))
-        return flat.view_as(logits)
-
     def _mix(self, module: nn.Module, args: tuple[Any, ...], logits: Tensor) -> Tensor:
+        states, contexts = args[0], self._contexts
+        if contexts is not None and states.shape[:2] == contexts.shape[:2]:
+            self._logits = logits.detach()
         if self.cache is None or not self.cache.buffer.count() or (torch.is_grad_enabled() and logits.requires_grad):
             return logits  # what is trained is the model, not the mixture
-        return self._votes_on(args[0], logits)
+        with torch.no_grad():
+            if contexts is not None:
+                contexts = contexts[:, -states.shape[1] :].flatten(0, 1)  # logits may be wanted for the last tokens only
+            return self.cache.mix(logits.flatten(0, -2), states.flatten(0, -2), contexts=contexts).view_as(logits)
 
     # remembering
 
     @torch.no_grad()
     def _end(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        if self._context is None or self._final is None or self.sequence is None:
+        if self._context is None or self._final is None or self._contexts is None or self.sequence is None:
             return
         ids, real, positions = self._context
         new = real & (positions >= self._seen[:, None])
-        signals: dict[str, Any] = {"nll": self._nll(ids, self._final)} if self._needs_nll else {}
+        asked = "nll" in SCORING_METHODS[self.config.scoring_method].requires
+        logits, nll = self._final[..., :0], torch.zeros(ids.shape, device=ids.device)
+        if asked or self.cache is not None:
+            logits = self._logits if self._logits is not None else nn.functional.linear(self._final, self.head.weight, getattr(self.head, "bias", None))
+            nll = self._nll(ids, logits)
+        signals: dict[str, Any] = {"nll": nll} if asked else {}
         self.stored = 0
         for layer in self.layers:
             states = self.captured[layer.index]
@@ -151,34 +161,34 @@ class MemoryEngine:
                     )
                     self.stored += int((slots >= 0).sum())
         if self.cache is not None:
-            self._remember_followers(ids, new, positions)
-        self._pending = (self._final[:, -1].clone(), real[:, -1])
+            self._remember_followers(ids, new, positions, nll)
+        self._pending, self._real = (self._final[:, -1].clone(), logits[:, -1].clone(), self._contexts[:, -1].clone()), real[:, -1]
         last = torch.where(real, positions, -1).amax(1)
         self._seen = torch.maximum(self._seen, last + 1)
 
-    @property
-    def _needs_nll(self) -> bool:
-        return "nll" in SCORING_METHODS[self.config.scoring_method].requires
-
-    def _nll(self, ids: Tensor, final: Tensor) -> Tensor:
+    def _nll(self, ids: Tensor, logits: Tensor) -> Tensor:
         "How unexpected each token was to the model alone, in nats, [batch, tokens]; 0 for the first of a text."
-        logits = nn.functional.linear(final, self.head.weight, getattr(self.head, "bias", None)).float()
-        nll = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="none").view(len(ids), -1)
+        nll = nn.functional.cross_entropy(logits[:, :-1].float().flatten(0, 1), ids[:, 1:].flatten(), reduction="none").view(len(ids), -1)
         first = torch.zeros(len(ids), 1, device=ids.device)
-        if self._pending is not None and len(self._pending[0]) == len(ids) and ids.shape[1] and bool((self._seen > 0).all()):
-            before = nn.functional.linear(self._pending[0], self.head.weight, getattr(self.head, "bias", None)).float()
-            first = nn.functional.cross_entropy(before, ids[:, 0], reduction="none")[:, None]
+        if self._pending is not None and len(self._pending[1]) == len(ids) and ids.shape[1] and bool((self._seen > 0).all()):
+            first = nn.functional.cross_entropy(self._pending[1].float(), ids[:, 0], reduction="none")[:, None]
         return torch.cat([first, nll], dim=1)
 
-    def _remember_followers(self, ids: Tensor, new: Tensor, positions: Tensor) -> None:
-        "A state is a memory of the logit cache once the token after it is known."
-        assert self.cache is not None and self._final is not None and self.sequence is not None
+    def _remember_followers(self, ids: Tensor, new: Tensor, positions: Tensor, nll: Tensor) -> None:
+        "A state is a memory of the logit cache once the token after it is known; how relevant it is, says how surprising that was."
+        assert self.cache is not None and self._final is not None and self._contexts is not None and self.sequence is not None
+        relevance = 1 - (-nll).exp()
         for row, sequence in enumerate(self.sequence.tolist()):
             follower = new[row].nonzero()[:, 0]
             inside = follower[follower > 0]
             inside = inside[positions[row, inside] > positions[row, inside - 1]]
             if len(inside):
-                self.cache.remember(self._final[row, inside - 1], ids[row, inside], positions[row, inside - 1], sequence=sequence)
+                self.cache.remember(
+                    self._final[row, inside - 1], ids[row, inside], positions[row, inside - 1], relevance[row, inside], sequence,
+                    self._contexts[row, inside - 1],
+                )
             first = len(follower) and int(follower[0]) == 0 and int(positions[row, 0]) > 0
-            if first and self._pending is not None and bool(self._pending[1][row]):
-                self.cache.remember(self._pending[0][row][None], ids[row, :1], positions[row, :1] - 1, sequence=sequence)
+            if first and self._pending is not None and bool(self._real[row]):
+                self.cache.remember(
+                    self._pending[0][row][None], ids[row, :1], positions[row, :1] - 1, relevance[row, :1], sequence, self._pending[2][row][None]
+                )

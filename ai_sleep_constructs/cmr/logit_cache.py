@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from .tensor_buffer import TensorBuffer
 
-# %% ../../nbs/cmr/logit_cache.ipynb #4461afcd
+# %% ../../nbs/cmr/logit_cache.ipynb #2b44c83f
 @dataclass(frozen=True)
 class Votes:
     "What the most similar memories say of the next token. Absent memories have a weight of 0 and the similarity -1."
@@ -33,12 +33,13 @@ class Votes:
 ORDER = 8  # how many tokens of the text before a state are compared
 
 def contexts_of(
-    ids: Tensor,  # the tokens of a text, int64 of shape [T]
-    before: Tensor | None = None,  # the tokens before them, int64 of shape [any]
+    ids: Tensor,  # the tokens of texts, int64 of shape [..., T]; -1 for none
+    before: Tensor | None = None,  # the tokens before them, int64 of shape [..., any]
 ) -> Tensor:
-    "The last `ORDER` tokens at each token, itself included, newest first, int64 of shape [T, ORDER]; -1 before the beginning."
-    padded = torch.cat([ids.new_full((ORDER,), -1), ids if before is None else torch.cat([before.to(ids), ids])])
-    return padded.unfold(0, ORDER, 1)[-len(ids) :].flip(1) if len(ids) else padded[:0].view(0, ORDER)
+    "The last `ORDER` tokens at each token, itself included, newest first, int64 of shape [..., T, ORDER]; -1 before the beginning."
+    tokens, none = ids.shape[-1], ids.new_full((*ids.shape[:-1], ORDER), -1)
+    padded = torch.cat([none, ids] if before is None else [none, before.to(ids), ids], dim=-1)
+    return padded.unfold(-1, ORDER, 1)[..., padded.shape[-1] - ORDER + 1 - tokens :, :].flip(-1)
 
 
 def vote(
