@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LayeredMemoryBuffer']
 
-# %% ../../nbs/cmr/buffer.ipynb #54c87412
+# %% ../../nbs/cmr/buffer.ipynb #15b6c1bd
 import json
 import os
 from collections.abc import Sequence
@@ -18,10 +18,10 @@ from safetensors.torch import save
 from torch import Tensor
 
 from .entry import MemoryEntry
-from .rows import Rows
+from .rows import Rows, changes
 from .tensor_buffer import TensorBuffer
 
-# %% ../../nbs/cmr/buffer.ipynb #26a8762d
+# %% ../../nbs/cmr/buffer.ipynb #41fc0dc9
 class LayeredMemoryBuffer(TensorBuffer):
     "Hidden states by layer within budgets, as objects for those who look at them one by one."
 
@@ -114,15 +114,7 @@ class LayeredMemoryBuffer(TensorBuffer):
         excess = len(self) - left
         if excess <= 0:
             return 0
-        members = list(self.layers.values())
-        slots = [rows.slots() for rows in members]
-        owner = torch.cat([torch.full_like(s, i) for i, s in enumerate(slots)])
-        losers = torch.cat([self._policy(r.standing(s)) for r, s in zip(members, slots, strict=True)]).topk(excess, largest=False).indices
-        flat = torch.cat(slots)
-        for index, rows in enumerate(members):
-            mine = losers[owner[losers] == index]
-            rows.drop(flat[mine])
-        self.statistics["evictions"] += excess
+        self._drop_lowest(list(self.layers.values()), excess)
         self.statistics["cleanups"] += 1
         return excess
 
@@ -146,6 +138,10 @@ class LayeredMemoryBuffer(TensorBuffer):
 
     # keeping
 
+    def _held(self) -> dict[int, dict[str, Tensor]]:
+        "Copies of all columns by layer, in the order of storing."
+        return {layer: rows.held(self.slots(layer)) for layer, rows in self.layers.items()}
+
     def _settings(self) -> dict[str, Any]:
         return {
             "kind": type(self).__name__, "max_entries_per_layer": self.max_entries_per_layer, "max_total_entries": self.max_total_entries,
@@ -160,10 +156,7 @@ class LayeredMemoryBuffer(TensorBuffer):
     ) -> None:
         "Write settings, statistics and all memories to one safetensors file."
         path = Path(filepath)
-        tensors = {
-            f"{layer}.{name}": column[slots].cpu().contiguous()
-            for layer, rows in self.layers.items() for slots in [self.slots(layer)] for name, column in rows.columns.items()
-        }
+        tensors = {f"{layer}.{name}": column.cpu() for layer, columns in self._held().items() for name, column in columns.items()}
         beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         try:
             beside.write_bytes(save({**tensors, "lots": self._lots.get_state()}, {"buffer": json.dumps(self._settings())}))
@@ -198,24 +191,19 @@ class LayeredMemoryBuffer(TensorBuffer):
         self._replace(by_layer, {int(layer): clock for layer, clock in record["clocks"].items()}, record["statistics"])
 
     def _replace(self, layers: dict[int, dict[str, Tensor]], clocks: dict[int, int], statistics: dict[str, int]) -> None:
-        version = self.version
-        self.layers = {}
+        self.layers, self._since = {}, next(changes)
         for layer, columns in layers.items():
             states = columns["states"]
             rows = self.layers[layer] = self._rows(states.shape[1])
-            rows.write(torch.arange(len(states), device=self.device), {**columns})
-            rows.clock, rows.version = clocks[layer], version + 1
+            rows.write(rows.free(len(states)), columns)
+            rows.clock = clocks[layer]
         self.statistics = dict(statistics)
 
     # sleeping: memories that are alike become one
 
     def snapshot(self) -> Any:
         "What `restore` needs to bring back the memories of now."
-        layers = {
-            layer: {name: column[slots].clone() for name, column in rows.columns.items()}
-            for layer, rows in self.layers.items() for slots in [self.slots(layer)]
-        }
-        return layers, {layer: rows.clock for layer, rows in self.layers.items()}, dict(self.statistics)
+        return self._held(), {layer: rows.clock for layer, rows in self.layers.items()}, dict(self.statistics)
 
     def restore(
         self,

@@ -11,14 +11,26 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-# %% ../../nbs/cmr/retention.ipynb #edd6f1f8
+# %% ../../nbs/cmr/retention.ipynb #7897a242
 @dataclass(frozen=True)
 class Standing:
     "What a policy may look at, one value for each memory."
     relevance: Tensor  # in [0, 1], float32 of shape [memories]
-    age: Tensor  # insertions since it was stored, over the capacity, float32 of shape [memories]
-    idle: Tensor  # insertions since it was stored or last retrieved, over the capacity, float32 of shape [memories]
+    stored: Tensor  # which insertion it was, int64 of shape [memories]
+    touched: Tensor  # the last insertion before it was retrieved last, or its own, int64 of shape [memories]
     lot: Tensor  # a number drawn when it was stored, float32 of shape [memories]
+    clock: int  # insertions so far
+    capacity: int  # of the layer, in memories
+
+    @property
+    def age(self) -> Tensor:
+        "Insertions since it was stored, over the capacity, float32 of shape [memories]."
+        return (self.clock - self.stored).float() / self.capacity
+
+    @property
+    def idle(self) -> Tensor:
+        "Insertions since it was stored or last retrieved, over the capacity, float32 of shape [memories]."
+        return (self.clock - self.touched).float() / self.capacity
 
 Policy = Callable[[Standing], Tensor]
 

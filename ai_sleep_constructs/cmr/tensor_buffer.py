@@ -5,17 +5,20 @@
 # %% auto #0
 __all__ = ['TensorBuffer']
 
-# %% ../../nbs/cmr/tensor_buffer.ipynb #4120ac38
+# %% ../../nbs/cmr/tensor_buffer.ipynb #e7e64e6b
+import itertools
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from .retention import Standing, policy
-from .rows import Fields, Memories, Rows, place
+from .rows import Fields, Memories, Rows, changes, encode, filtered, memories_at, place, similarity
 
-# %% ../../nbs/cmr/tensor_buffer.ipynb #3f01abbd
+# %% ../../nbs/cmr/tensor_buffer.ipynb #68c4ef92
+_PRODUCTS = 2**24  # products of queries and memories that a search holds at a time
+
 class TensorBuffer:
     """
     Hidden states by layer, with a budget for each layer and one for all.
@@ -48,6 +51,7 @@ class TensorBuffer:
         self._policy = policy(eviction_strategy)
         self.dtype, self.device, self.fields, self.seed = dtype, torch.device(device), dict(fields or {}), seed
         self.layers: dict[int, Rows] = {}
+        self._since = next(changes)  # the change that made these layers
         self._lots = torch.Generator().manual_seed(seed)
         self.statistics = dict.fromkeys(("insertions", "retrievals", "evictions", "cleanups"), 0)
 
@@ -73,8 +77,8 @@ class TensorBuffer:
 
     @property
     def version(self) -> int:
-        "Grows with every change of what is remembered."
-        return sum(rows.version for rows in self.layers.values())
+        "Grows with every change of what is remembered, and is never the same again, in no other buffer either."
+        return max([self._since, *(rows.version for rows in self.layers.values())])
 
     # storing
 
@@ -95,67 +99,61 @@ class TensorBuffer:
         Raises ValueError, before anything changed, for shapes that do not fit, values that are not finite, scores outside
         [0, 1] and missing fields.
         """
-        states, position, relevance, extra = self._checked(hidden_states, layer_idx, position_idx, relevance_score, fields or {})
-        number = len(states)
+        columns = self._checked(hidden_states, layer_idx, position_idx, relevance_score, fields or {})
+        number = len(hidden_states)
+        if not number:
+            return torch.empty(0, dtype=torch.int64, device=self.device)
         rows = self.layers.get(layer_idx)
         if rows is None:
-            rows = self.layers[layer_idx] = self._rows(states.shape[1])
+            rows = self.layers[layer_idx] = self._rows(hidden_states.shape[1])
         rows.clock += number
-        stored = torch.arange(rows.clock - number + 1, rows.clock + 1, device=self.device)
-        lot = torch.rand(number, generator=self._lots).to(self.device)
-        age = (rows.clock - stored).float() / rows.capacity
-        kept = self._compete(rows, Standing(relevance, age, age, lot))
-        result = torch.full((number,), -1, dtype=torch.int64, device=self.device)
+        columns["stored"] = columns["touched"] = torch.arange(rows.clock - number + 1, rows.clock + 1, device=self.device)
+        columns["lot"] = torch.rand(number, generator=self._lots).to(self.device)
+        kept = self._compete(rows, columns)
         if kept is not None:
-            states, position, relevance, stored, lot = (x[kept] for x in (states, position, relevance, stored, lot))
-            extra = {name: value[kept] for name, value in extra.items()}
-        slots = rows.free(len(states))
-        cast = states.to(self.dtype)
-        now = time.time()
-        rows.write(slots, {
-            "states": cast, "scale": 1 / cast.float().norm(dim=-1).clamp_min(1e-12), "position": position, "relevance": relevance,
-            "sequence": float(sequence_id), "stored": stored, "touched": stored, "accesses": 0.0, "lot": lot, "time": now,
-            "last_access": 0.0, **{f"field.{name}": value for name, value in extra.items()},
-        })
+            columns = {name: value[kept] for name, value in columns.items()}
+        slots = rows.free(len(columns["states"]))
+        rows.write(slots, {**columns, "sequence": int(sequence_id), "accesses": 0, "time": time.time(), "last_access": 0.0})
         self.statistics["insertions"] += number
-        if kept is None:
-            return slots
-        result[kept] = slots
-        return result
+        return slots if kept is None else slots.new_full((number,), -1).index_copy_(0, kept, slots)
 
     def _rows(self, hidden: int) -> Rows:
         return Rows(min(self.max_entries_per_layer, self.max_total_entries), hidden, self.dtype, self.device, self.fields)
 
-    def _compete(self, rows: Rows, new: Standing) -> Tensor | None:
+    def _compete(self, rows: Rows, new: Mapping[str, Tensor]) -> Tensor | None:
         "Make room; which of the new ones stay, None for all."
-        number, total = len(new.relevance), len(self)
-        inside, overall = rows.count + number - rows.capacity, total + number - self.max_total_entries
-        if inside <= 0 and overall <= 0:
+        number, total = len(new["lot"]), len(self)
+        inside, overall = max(0, rows.count + number - rows.capacity), total + number - self.max_total_entries
+        if not inside and overall <= 0:
             return None
-        keep = torch.ones(number, dtype=torch.bool, device=self.device)
-        scores = self._policy(new)
-        for excess, members in ((inside, [rows]), (overall, list(self.layers.values()))):
-            excess -= int((~keep).sum()) if excess > 0 else 0
-            excess -= total - len(self)
-            if excess <= 0:
-                continue
-            slots = [member.slots() for member in members]
-            ranks = [self._policy(member.standing(s)) for member, s in zip(members, slots, strict=True)]
-            pool = torch.cat([*ranks, scores.masked_fill(~keep, torch.inf)])
-            losers = pool.topk(excess, largest=False).indices
-            start = 0
-            for member, s in zip(members, slots, strict=True):
-                mine = losers[(losers >= start) & (losers < start + len(s))] - start
-                if len(mine):
-                    member.drop(s[mine])
-                    self.statistics["evictions"] += len(mine)
-                start += len(s)
-            keep[losers[losers >= start] - start] = False
-        return None if bool(keep.all()) else keep.nonzero()[:, 0]
+        standing = Standing(new["relevance"], new["stored"], new["touched"], new["lot"], rows.clock, rows.capacity)
+        scores = self._policy(standing).clone()
+        lost = self._drop_lowest([rows], inside, scores)
+        if overall > inside:
+            scores[lost] = torch.inf
+            lost = torch.cat([lost, self._drop_lowest(list(self.layers.values()), overall - inside, scores)])
+        if not len(lost):
+            return None
+        stays = torch.ones(number, dtype=torch.bool, device=self.device)
+        stays[lost] = False
+        return stays.nonzero()[:, 0]
+
+    def _drop_lowest(self, members: Sequence[Rows], excess: int, new: Tensor | None = None) -> Tensor:
+        "Drop the lowest ranked of these layers and of the scores of new ones; which of the new ones would have to go."
+        ranks = [self._policy(rows.standing()) for rows in members]
+        start, ends = 0, [0, *itertools.accumulate(map(len, ranks))]
+        losers = torch.cat(ranks if new is None else [*ranks, new]).topk(excess, largest=False, sorted=False).indices
+        for rows, start, end in zip(members, ends, ends[1:], strict=False):
+            mine = losers[(losers >= start) & (losers < end)] - start if len(ends) > 2 or new is not None else losers
+            if len(mine):
+                rows.drop(mine if not len(rows.holes) else rows.slots()[mine])
+                self.statistics["evictions"] += len(mine)
+        return losers[losers >= ends[-1]] - ends[-1]
 
     def _checked(
         self, states: Tensor, layer: int, position: Tensor, relevance: Tensor, extra: Mapping[str, Tensor]
-    ) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
+    ) -> dict[str, Tensor]:
+        "The columns that new memories bring."
         if type(layer) is not int:
             raise ValueError(f"layer_idx must be an int, got {layer!r}")
         if states.ndim != 2 or not states.is_floating_point():
@@ -163,21 +161,24 @@ class TensorBuffer:
         width = self.layers[layer]["states"].shape[1] if layer in self.layers else states.shape[1]
         if states.shape[1] != width:
             raise ValueError(f"hidden_states of layer {layer} have {width} channels, got {states.shape[1]}")
-        states, position = states.to(self.device), torch.as_tensor(position, device=self.device)
+        position = torch.as_tensor(position, device=self.device)
         relevance = torch.as_tensor(relevance, dtype=torch.float32, device=self.device)
         for name, value in (("position_idx", position), ("relevance_score", relevance)):
             if value.shape != states.shape[:1]:
                 raise ValueError(f"{name} must have shape {list(states.shape[:1])}, got {list(value.shape)}")
-        if not bool(states.isfinite().all() & (relevance >= 0).all() & (relevance <= 1).all()):
-            name = "relevance_score must be in [0, 1]" if bool(states.isfinite().all()) else "hidden_states must be finite"
-            raise ValueError(f"{name}, got {float(relevance.min())}..{float(relevance.max())} and {int((~states.isfinite()).sum())} non-finite values")
+        columns = encode(states.to(self.device), self.dtype)
+        if not bool((columns["scale"] > 0).all()):  # the norm says it in one pass
+            wrong = int((~states.isfinite()).sum())
+            raise ValueError(f"hidden_states must be finite in {self.dtype}, got {wrong} non-finite values, {float(states.abs().max()):g} at most")
+        if not torch.equal(relevance.clamp(0, 1), relevance):
+            raise ValueError(f"relevance_score must be in [0, 1], got {float(relevance.min())}..{float(relevance.max())}")
         if set(extra) != set(self.fields):
             raise ValueError(f"fields must be {sorted(self.fields)}, got {sorted(extra)}")
-        moved = {name: torch.as_tensor(value, device=self.device) for name, value in extra.items()}
-        for name, value in moved.items():
+        for name, value in extra.items():
+            columns[f"field.{name}"] = value = torch.as_tensor(value, device=self.device)
             if value.shape != (len(states), *self.fields[name][0]):
                 raise ValueError(f"fields: {name} must have shape {[len(states), *self.fields[name][0]]}, got {list(value.shape)}")
-        return states, position, relevance, moved
+        return {**columns, "position": position, "relevance": relevance}
 
     # searching
 
@@ -205,27 +206,31 @@ class TensorBuffer:
         rows = self.layers.get(layer_idx)
         if rows is None or not rows.count:
             return torch.empty(len(queries), 0, device=self.device), torch.empty(len(queries), 0, dtype=torch.int64, device=self.device)
-        end = rows.filled
-        queries = queries.to(rows["states"])
-        if metric == "cosine":
-            queries = torch.nn.functional.normalize(queries, dim=-1)
-        scores = (queries @ rows["states"][:end].T).float()
-        if metric == "cosine":
-            scores *= rows["scale"][:end]
-        hidden = None if rows.count == end else ~rows.valid[:end]
-        for applies, mask in (
-            (min_relevance > 0, rows["relevance"][:end] < min_relevance),
-            (sequence is not None, rows["sequence"][:end] != (sequence or 0)),
-            (exclude_sequence is not None, rows["sequence"][:end] == (exclude_sequence or 0)),
-        ):
-            if applies:
-                hidden = mask if hidden is None else hidden | mask
-        if hidden is not None:
-            scores.masked_fill_(hidden, -torch.inf)
-        best = scores.topk(min(k, rows.count), dim=-1)
+        queries = self._asked(queries, rows, metric)
+        hidden = filtered(rows.columns, slice(rows.filled), min_relevance, sequence, exclude_sequence)
+        if len(rows.holes):
+            hidden = ~rows.valid[: rows.filled] if hidden is None else hidden | ~rows.valid[: rows.filled]
+        values, slots = [], []
+        for block in queries.split(max(1, _PRODUCTS // rows.filled)):
+            scores = similarity(rows.columns, block, metric, slice(rows.filled))
+            best = (scores if hidden is None else scores.masked_fill_(hidden, -torch.inf)).topk(min(k, rows.count), dim=-1)
+            values.append(best.values)
+            slots.append(best.indices)
+        found, where = (parts[0] if len(parts) == 1 else torch.cat(parts) for parts in (values, slots))
         if touch:
-            self.touch(layer_idx, best.indices[best.values > -torch.inf])
-        return best.values, best.indices
+            self.touch(layer_idx, where if hidden is None else where[found > -torch.inf])
+        return found, where
+
+    def _asked(self, queries: Tensor, rows: Rows, metric: str) -> Tensor:
+        "Queries as they are compared."
+        width = rows["states"].shape[1]
+        if queries.ndim != 2 or not queries.is_floating_point() or queries.shape[1] != width:
+            raise ValueError(f"queries must be floats of shape [queries, {width}], got {queries.dtype} {list(queries.shape)}")
+        queries = queries.to(rows["states"])
+        norm = torch.linalg.vector_norm(queries, dim=-1, keepdim=True, dtype=torch.float32)
+        if not bool(norm.isfinite().all()):
+            raise ValueError(f"queries must be finite in {queries.dtype}, got {int((~norm.isfinite()).sum())} that are not")
+        return torch.nn.functional.normalize(queries, dim=-1) if metric == "cosine" else queries
 
     def touch(
         self,
@@ -234,8 +239,8 @@ class TensorBuffer:
     ) -> None:
         "Count a retrieval of these rows."
         rows, slots = self.layers[layer_idx], slots.flatten()
-        rows["touched"][slots] = rows.clock
-        rows["last_access"][slots] = time.time()
+        rows["touched"].index_fill_(0, slots, rows.clock)
+        rows["last_access"].index_fill_(0, slots, time.time())
         rows["accesses"].index_add_(0, slots, torch.ones_like(slots))
         self.statistics["retrievals"] += len(slots)
 
@@ -256,9 +261,7 @@ class TensorBuffer:
         slots: Tensor,  # its rows, int64 of any shape
     ) -> Memories:
         "What is in these rows."
-        rows = self.layers[layer_idx]
-        fields = {name: rows[f"field.{name}"][slots] for name in self.fields}
-        return Memories(rows["states"][slots], rows["position"][slots], rows["sequence"][slots], rows["relevance"][slots], fields)
+        return memories_at(self.layers[layer_idx].columns, slots)
 
     def neighbourhood(
         self,
