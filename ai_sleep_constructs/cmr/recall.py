@@ -15,7 +15,7 @@ from .layers import MemoryLayer
 from .reweaving import Recalled
 from .tensor_buffer import TensorBuffer
 
-# %% ../../nbs/cmr/recall.ipynb #ec4a4e35
+# %% ../../nbs/cmr/recall.ipynb #e0194fde
 PLACES = ("auto", "true", "clamped")
 FINDS = ("states", "queries")
 
@@ -73,8 +73,7 @@ class BufferRecall:
         slots, batch = rows.slots(), len(query)
         text = torch.as_tensor(self.sequence, device=slots.device).expand(batch)
         true = positions.to(slots.device) + self.offset
-        visible = self._visible(rows["sequence"][slots], rows["position"][slots], text, true)
-        some = visible.any(dim=1)
+        some = self._visible(rows.column("sequence"), rows.column("position"), text, true.amax(1, keepdim=True))[:, 0]
         if not bool(some.any()):
             return None
         if self.budget is not None and self.budget < len(slots):
@@ -86,16 +85,16 @@ class BufferRecall:
             else:
                 now = self.states.get(layer.index) if self.find == "states" else None
                 if now is not None:
-                    best = self._alike(now, rows["states"][slots], rows["scale"][slots])
+                    best = self._alike(now, rows.column("states"), rows.column("scale"))
                 else:
-                    best = self._search(layer, query, positions, rows["field.key"][slots])
+                    best = self._search(layer, query, positions, rows.column("field.key"))
                 best = best.masked_fill(~some, -torch.inf)
                 slots = slots[best.topk(self.budget, dim=-1).indices]
             if self.before or self.after:
                 slots = self._with_neighbours(layer.index, slots)
-            visible = self._visible(rows["sequence"][slots], rows["position"][slots], text, true) & (slots >= 0)[:, None]
         else:
             slots = slots.expand(batch, -1)
+        visible = self._visible(rows["sequence"][slots], rows["position"][slots], text, true) & (slots >= 0)[:, None]
         self.recalled[layer.index] = slots
         self.buffer.touch(layer.index, slots[slots >= 0])
         kept = self.buffer.gather(layer.index, slots.clamp_min(0))

@@ -76,7 +76,7 @@ class RetrievalCache:
         while len(self._held) > self.size:
             self._held.popitem(last=False)
 
-# %% ../../nbs/cmr/retrieval.ipynb #c5e1d884
+# %% ../../nbs/cmr/retrieval.ipynb #f2d6a75e
 STRATEGIES = ("semantic_similarity", "contextual_relevance", "multi_criteria", "hierarchical", "task_specific", "hybrid_ensemble")
 DEFAULTS: dict[str, Any] = {
     "similarity_threshold": 0.7, "context_heads": 8, "max_clusters": 32, "cache_size": 1000, "criteria_weights": CRITERIA,
@@ -202,12 +202,8 @@ class AdvancedMemoryRetriever:
     def _queries(self, context: RetrievalContext, rows: Rows) -> Tensor:
         return context.queries.to(rows["states"].device, torch.float32)
 
-    def _column(self, rows: Rows, name: str) -> Tensor:
-        "A column for the memories of `rows.slots()`, without a copy when no row is empty."
-        return rows[name][: rows.filled] if rows.count == rows.filled else rows[name][rows.slots()]
-
     def _similarity(self, context: RetrievalContext, rows: Rows) -> Tensor:
-        return best_cosine(self._queries(context, rows), self._column(rows, "states"), self._column(rows, "scale"))
+        return best_cosine(self._queries(context, rows), rows.column("states"), rows.column("scale"))
 
     def _top(self, scores: Tensor, slots: Tensor, k: int) -> tuple[Tensor, Tensor]:
         best = scores.topk(min(k, len(scores)))
@@ -215,18 +211,18 @@ class AdvancedMemoryRetriever:
         return best.values[fine], slots[best.indices[fine]]
 
     def _semantic_similarity(self, context: RetrievalContext, rows: Rows) -> tuple[Tensor, Tensor]:
-        scores = self.matcher(self._queries(context, rows), self._column(rows, "states"), self._column(rows, "scale"))
+        scores = self.matcher(self._queries(context, rows), rows.column("states"), rows.column("scale"))
         return self._top(scores, rows.slots(), context.retrieval_budget)
 
     def _contextual_relevance(self, context: RetrievalContext, rows: Rows) -> tuple[Tensor, Tensor]:
-        return self._top(self.contextual(self._queries(context, rows), self._column(rows, "states")), rows.slots(), context.retrieval_budget)
+        return self._top(self.contextual(self._queries(context, rows), rows.column("states")), rows.slots(), context.retrieval_budget)
 
     def _multi_criteria(self, context: RetrievalContext, rows: Rows) -> tuple[Tensor, Tensor]:
         return self._ranked(context, rows, self.ranker)
 
     def _ranked(self, context: RetrievalContext, rows: Rows, ranker: MultiCriteriaRanker) -> tuple[Tensor, Tensor]:
         scores, places = ranker(
-            self._column(rows, "relevance"), self._similarity(context, rows), self._column(rows, "stored"), self._column(rows, "states"),
+            rows.column("relevance"), self._similarity(context, rows), rows.column("stored"), rows.column("states"),
             context.retrieval_budget,
         )
         return scores, rows.slots()[places]
@@ -265,8 +261,8 @@ class AdvancedMemoryRetriever:
 
     def _hybrid_ensemble(self, context: RetrievalContext, rows: Rows) -> tuple[Tensor, Tensor]:
         "Reciprocal ranks of similarity, context, relevance and recency added up (Cormack et al. 2009)."
-        contextual = self.contextual(self._queries(context, rows), self._column(rows, "states"))
-        views = (self._similarity(context, rows), contextual, self._column(rows, "relevance"), self._column(rows, "stored"))
+        contextual = self.contextual(self._queries(context, rows), rows.column("states"))
+        views = (self._similarity(context, rows), contextual, rows.column("relevance"), rows.column("stored"))
         fused, ranks = torch.zeros(rows.count, device=contextual.device), torch.arange(60.0, 60.0 + rows.count, device=contextual.device)
         for view, weight in zip(views, (1.0, 1.0, 0.5, 0.25), strict=True):
             fused[view.argsort(descending=True, stable=True)] += weight / ranks
