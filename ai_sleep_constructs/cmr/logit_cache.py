@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from .tensor_buffer import TensorBuffer
 
-# %% ../../nbs/cmr/logit_cache.ipynb #2b44c83f
+# %% ../../nbs/cmr/logit_cache.ipynb #b2bed26b
 @dataclass(frozen=True)
 class Votes:
     "What the most similar memories say of the next token. Absent memories have a weight of 0 and the similarity -1."
@@ -55,9 +55,9 @@ def vote(
     weight = similarity.float() * sharpness + bonus * match
     weight = weight.masked_fill(~present, torch.finfo(torch.float32).min).softmax(-1) * present
     shared = torch.einsum("tij,tj->ti", (followers[:, :, None] == followers[:, None, :]).float(), weight)
-    return Votes(torch.where(present, similarity.float(), -1.0), followers, match, weight, shared * present)
+    return Votes(torch.where(present, similarity.float(), -1.0), followers, match, weight, shared)
 
-# %% ../../nbs/cmr/logit_cache.ipynb #7d875e4b
+# %% ../../nbs/cmr/logit_cache.ipynb #645385e9
 Gate = Callable[[Votes, Tensor], Tensor]
 
 @dataclass(frozen=True)
@@ -97,9 +97,10 @@ def mixed(
         return logits
     logp = logits.float().log_softmax(-1)
     share = gate(votes, logp).clamp(0, MOST) * (votes.weight.sum(-1) > 0)
-    said = torch.zeros_like(logp).scatter_add_(-1, votes.followers, votes.weight)
-    both = torch.log(logp.exp() * (1 - share)[:, None] + said * share[:, None]).clamp_min(torch.finfo(torch.float32).min)
-    return torch.where((share > 0)[:, None], both.to(logits.dtype), logits)
+    left = logp.add_((1 - share).log()[:, None])
+    named = torch.logaddexp(left.gather(1, votes.followers), (share[:, None] * votes.shared).log())  # the only ones that memories raise
+    both = left.scatter_(1, votes.followers, named).to(logits.dtype)
+    return both if bool((share > 0).all()) else torch.where((share > 0)[:, None], both, logits)
 
 # %% ../../nbs/cmr/logit_cache.ipynb #853c3343
 class Whitening(nn.Module):
