@@ -20,7 +20,7 @@ from .recall import BufferRecall
 from .reweaving import Reweaver
 from .scoring import SCORING_METHODS, RelevanceScorer
 
-# %% ../../nbs/cmr/engine.ipynb #7726900f
+# %% ../../nbs/cmr/engine.ipynb #fe969b73
 class MemoryEngine:
     "Memories of a model: what it reads is captured, scored and kept, and comes back while it reads on."
 
@@ -42,6 +42,7 @@ class MemoryEngine:
         self.recall = BufferRecall(
             self.buffer, budget=config.retrieval_budget, window=config.window, places=config.places, after=config.neighbours,
             reach=getattr(own, "max_position_embeddings", 1024), distance=config.distance, bias=config.bias,
+            share=False,  # each layer keeps what it scores high, not all the same tokens
         )
         self.scorer = RelevanceScorer(width, config.scoring_method, seed=config.seed)
         self.cache = LogitCache(width, config.logit_cache, device=device) if config.logit_cache else None

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PLACES', 'FINDS', 'BufferRecall']
 
-# %% ../../nbs/cmr/recall.ipynb #c1b6f0d7
+# %% ../../nbs/cmr/recall.ipynb #d77a7a73
 from collections.abc import Callable
 
 import torch
@@ -13,9 +13,10 @@ from torch import Tensor
 
 from .layers import MemoryLayer
 from .reweaving import Recalled
+from .rows import Rows, place
 from .tensor_buffer import TensorBuffer
 
-# %% ../../nbs/cmr/recall.ipynb #e0194fde
+# %% ../../nbs/cmr/recall.ipynb #e0203dfc
 PLACES = ("auto", "true", "clamped")
 FINDS = ("states", "queries")
 
@@ -40,6 +41,7 @@ class BufferRecall:
         find: str = "states",  # by the states that enter the layer, where there are any, or by its queries
         before: int = 0,  # neighbours that come with each memory
         after: int = 0,  # and after it
+        share: bool = True,  # whether all layers recall the tokens that the lowest one found, or each its own
     ):
         if places not in PLACES:
             raise ValueError(f"places must be one of {', '.join(PLACES)}, got {places!r}")
@@ -53,6 +55,7 @@ class BufferRecall:
             raise ValueError(f"bias must be a number between -100 and 100, got {bias!r}")
         self.buffer, self.budget, self.window, self.places = buffer, budget, window, places
         self.reach, self.distance, self.bias, self.before, self.after = reach, distance, float(bias), before, after
+        self.share, self._leader = share, (-1, torch.empty(0, dtype=torch.int64))  # the layer that found, and what by text and place
         self.find, self.states = find, dict[int, Tensor]()  # by layer, the states that enter it now, [batch, tokens, hidden]
         self.choose: Callable[[int, int], Tensor] | None = None  # (layer, row) -> rows of the buffer, in place of the layer's queries
         self.sequence: int | Tensor = 0  # the text of each row, an int or int64 of shape [batch]
@@ -68,6 +71,8 @@ class BufferRecall:
     ) -> Recalled | None:
         "What the layer attends to; None when nothing is visible."
         rows = self.buffer.layers.get(layer.index)
+        if layer.index <= self._leader[0]:
+            self._leader = (-1, self._leader[1])  # another pass
         if rows is None or not rows.count:
             return None
         slots, batch = rows.slots(), len(query)
@@ -76,31 +81,23 @@ class BufferRecall:
         some = self._visible(rows.column("sequence"), rows.column("position"), text, true.amax(1, keepdim=True))[:, 0]
         if not bool(some.any()):
             return None
-        if self.budget is not None and self.budget < len(slots):
-            if self.choose is not None:
-                found = [self.choose(layer.index, row)[: self.budget] for row in range(batch)]
-                slots = torch.nn.utils.rnn.pad_sequence(found, batch_first=True, padding_value=-1)
-                if not slots.shape[1]:
-                    return None
-            else:
-                now = self.states.get(layer.index) if self.find == "states" else None
-                if now is not None:
-                    best = self._alike(now, rows.column("states"), rows.column("scale"))
-                else:
-                    best = self._search(layer, query, positions, rows.column("field.key"))
-                best = best.masked_fill(~some, -torch.inf)
-                slots = slots[best.topk(self.budget, dim=-1).indices]
-            if self.before or self.after:
-                slots = self._with_neighbours(layer.index, slots)
-        else:
+        if self.budget is None or self.budget >= len(slots):
             slots = slots.expand(batch, -1)
+        elif self._leader[0] >= 0:
+            slots = self._same(rows)
+        else:
+            slots = self._find(layer, rows, query, positions, some)
+            if self.share and self.choose is None:
+                self._leader = (layer.index, place(rows["sequence"][slots], rows["position"][slots]).masked_fill(slots < 0, -1))
+        if not slots.shape[1]:
+            return None
         visible = self._visible(rows["sequence"][slots], rows["position"][slots], text, true) & (slots >= 0)[:, None]
         self.recalled[layer.index] = slots
         self.buffer.touch(layer.index, slots[slots >= 0])
         kept = self.buffer.gather(layer.index, slots.clamp_min(0))
         keys, values = layer.keys_values(kept.states.to(query.device))
-        place = self._places(kept.sequences, kept.positions, text, true).to(query.device) - self.offset
-        return Recalled(layer.rotate(keys.transpose(1, 2), place), values.transpose(1, 2), visible.to(query.device), self.bias)
+        at = self._places(kept.sequences, kept.positions, text, true).to(query.device) - self.offset
+        return Recalled(layer.rotate(keys.transpose(1, 2), at), values.transpose(1, 2), visible.to(query.device), self.bias)
 
     def _visible(self, sequence: Tensor, position: Tensor, text: Tensor, true: Tensor) -> Tensor:
         "Bool of shape [batch, tokens, memories]."
@@ -131,6 +128,26 @@ class BufferRecall:
         asked = layer.rotate(raw, torch.full_like(positions, self.distance)).to(keys.device, keys.dtype)
         grouped = asked.unflatten(1, (layer.block.groups, -1)).flatten(2, 3)  # [batch, groups, heads of the group x tokens, head_dim]
         return torch.einsum("bgqd,ngd->bgqn", grouped, keys).amax(dim=(1, 2))
+
+    def _find(self, layer: MemoryLayer, rows: Rows, query: Tensor, positions: Tensor, some: Tensor) -> Tensor:
+        "The rows to recall with their neighbours, [batch, memories]; -1 for none."
+        if self.choose is not None:
+            found = [self.choose(layer.index, row)[: self.budget] for row in range(len(query))]
+            slots = torch.nn.utils.rnn.pad_sequence(found, batch_first=True, padding_value=-1)
+        else:
+            now = self.states.get(layer.index) if self.find == "states" else None
+            if now is not None:
+                best = self._alike(now, rows.column("states"), rows.column("scale"))
+            else:
+                best = self._search(layer, query, positions, rows.column("field.key"))
+            slots = rows.slots()[best.masked_fill(~some, -torch.inf).topk(self.budget or 1, dim=-1).indices]
+        return self._with_neighbours(layer.index, slots) if (self.before or self.after) and slots.shape[1] else slots
+
+    def _same(self, rows: Rows) -> Tensor:
+        "The rows of the tokens that the lowest layer found, [batch, memories]; -1 for what this layer does not hold."
+        keys, order = rows.order()
+        at = torch.searchsorted(keys, self._leader[1]).clamp_max(len(keys) - 1)
+        return torch.where(keys[at] == self._leader[1], order[at], -1)
 
     def _with_neighbours(self, layer: int, slots: Tensor) -> Tensor:
         "The chosen and their neighbours, each once; -1 fills the rest."
