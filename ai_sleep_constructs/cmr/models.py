@@ -153,7 +153,7 @@ class CMRTransformer(nn.Module):
         hooked, old, tried = self.memory_enabled, self.engine, None
         self.remove_memory_hooks()
         try:
-            config, made = old.config, None
+            config = old.config
             if config.target_layers == "auto":
                 chosen, bias, tried = choose_layers(
                     self.model, encoded, window=window, budget=config.retrieval_budget, places=config.places, distance=config.distance,
