@@ -4,18 +4,6 @@ import copy
 
 import pytest
 import torch
-from transformers import (
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-    MistralConfig,
-    MistralForCausalLM,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-)
 
 from ai_sleep_constructs.cmr.buffer import LayeredMemoryBuffer
 from ai_sleep_constructs.cmr.capture import StateCapture
@@ -27,19 +15,9 @@ from ai_sleep_constructs.cmr.recall import BufferRecall
 from ai_sleep_constructs.cmr.reweaving import Reweaver
 from ai_sleep_constructs.cmr.streaming import MemoryStream, band
 from ai_sleep_constructs.cmr.tensor_buffer import TensorBuffer
+from families import families
 
-SMALL = {
-    "vocab_size": 128, "hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 6,
-    "max_position_embeddings": 256, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0, "initializer_range": 0.2,
-}
-FAMILIES = {
-    "gpt2": lambda: GPT2LMHeadModel(GPT2Config(
-        vocab_size=128, n_embd=48, n_layer=3, n_head=6, n_positions=256, bos_token_id=0, eos_token_id=0, pad_token_id=0, initializer_range=0.2)),
-    "llama": lambda: LlamaForCausalLM(LlamaConfig(**SMALL, num_key_value_heads=6)),
-    "mistral": lambda: MistralForCausalLM(MistralConfig(**SMALL, num_key_value_heads=3, sliding_window=None, head_dim=8)),
-    "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**SMALL, num_key_value_heads=2)),
-    "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**SMALL, num_key_value_heads=2, head_dim=8)),
-}
+FAMILIES = families(initializer_range=0.2)
 
 
 @pytest.fixture(params=FAMILIES)

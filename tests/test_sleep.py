@@ -8,22 +8,7 @@ import warnings
 
 import pytest
 import torch
-from transformers import (
-    DynamicCache,
-    GPT2Config,
-    GPT2LMHeadModel,
-    GPTNeoXConfig,
-    GPTNeoXForCausalLM,
-    LlamaConfig,
-    LlamaForCausalLM,
-    MistralConfig,
-    MistralForCausalLM,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-    StaticCache,
-)
+from transformers import DynamicCache, GPTNeoXConfig, GPTNeoXForCausalLM, StaticCache
 
 from ai_sleep_constructs import (
     AISleepController,
@@ -52,19 +37,7 @@ from ai_sleep_constructs.sleep.strategies.head_pruning import (
 )
 from ai_sleep_constructs.sleep.strategies.kv_cache import POLICIES, KVCacheManagement, evict
 from ai_sleep_constructs.sleep.strategies.layer_norm import LayerNormRecalibration
-
-SMALL = {
-    "vocab_size": 128, "hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 6,
-    "max_position_embeddings": 256, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0,
-}
-FAMILIES = {
-    "gpt2": lambda: GPT2LMHeadModel(GPT2Config(
-        vocab_size=128, n_embd=48, n_layer=3, n_head=6, n_positions=256, bos_token_id=0, eos_token_id=0, pad_token_id=0)),
-    "llama": lambda: LlamaForCausalLM(LlamaConfig(**SMALL, num_key_value_heads=6)),
-    "mistral": lambda: MistralForCausalLM(MistralConfig(**SMALL, num_key_value_heads=3, sliding_window=None, head_dim=8)),
-    "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**SMALL, num_key_value_heads=2)),
-    "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**SMALL, num_key_value_heads=2, head_dim=8)),
-}
+from families import FAMILIES
 
 
 @pytest.fixture(params=FAMILIES)

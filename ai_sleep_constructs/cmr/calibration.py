@@ -8,6 +8,7 @@ __all__ = ['fit_whitening', 'fit_gate', 'choose_layers']
 # %% ../../nbs/cmr/calibration.ipynb #6eeca124
 import math
 from collections.abc import Callable, Iterable, Sequence
+from itertools import chain
 from typing import Any
 
 import pandas as pd
@@ -22,33 +23,43 @@ from .streaming import MemoryStream
 from .tensor_buffer import TensorBuffer
 
 # %% ../../nbs/cmr/calibration.ipynb #fdac8c2a
-class _Notes(LogitCache):
-    "A cache that lets the model speak alone and notes what a gate can learn from."
+class _States(LogitCache):
+    "A cache that lets the model speak alone and notes its final states, which a whitening is made of."
 
-    def __init__(self, size: int, memories: int, **options: Any):
-        super().__init__(size, memories, **options)
-        self.states: list[Tensor] = []
-        self.samples: list[tuple[Tensor, Tensor, Tensor]] = []
+    def __init__(self, *sizes: int, **options: Any):
+        super().__init__(*sizes, **options)
+        self.notes: list[Tensor] = []
 
     def mix(self, logits: Tensor, states: Tensor, ids: Tensor | None = None, contexts: Tensor | None = None) -> Tensor:
-        self.states.append(states.float().cpu())
+        self.notes.append(states.float().cpu())
+        return logits
+
+
+class _Samples(LogitCache):
+    "A cache that lets the model speak alone and notes what it would have said itself, which a gate learns from."
+
+    def __init__(self, *sizes: int, **options: Any):
+        super().__init__(*sizes, **options)
+        self.notes: list[tuple[Tensor, Tensor, Tensor]] = []
+
+    def mix(self, logits: Tensor, states: Tensor, ids: Tensor | None = None, contexts: Tensor | None = None) -> Tensor:
         if ids is not None and len(ids) > 1 and self.buffer.count():
             votes = self.votes(states, ids, contexts)
             earlier = Votes(*(part[:-1] for part in (votes.similarity, votes.followers, votes.match, votes.weight, votes.shared)))
-            self.samples.append(tuple(x.cpu() for x in gate_samples(logits[:-1], earlier, ids[1:])))  # type: ignore[arg-type]
+            self.notes.append(tuple(x.cpu() for x in gate_samples(logits[:-1], earlier, ids[1:])))  # type: ignore[arg-type]
         return logits
 
 
 def _notes(
-    model: Any, documents: Sequence[Tensor], memories: int, window: int, recall: Callable[[], BufferRecall] | None = None,
-    layers: Sequence[int] = (), **options: Any,
-) -> _Notes:
-    notes = _Notes(model.get_output_embeddings().weight.shape[1], memories, device=next(model.parameters()).device, **options)
+    kind: type[_States] | type[_Samples], model: Any, documents: Sequence[Tensor], memories: int, window: int,
+    recall: Callable[[], BufferRecall] | None = None, layers: Sequence[int] = (), **options: Any,
+) -> list[Any]:
+    cache = kind(model.get_output_embeddings().weight.shape[1], memories, device=next(model.parameters()).device, **options)
     for ids in documents:
-        notes.buffer.clear_all()
-        with MemoryStream(model, window=window, cache=notes, recall=None if recall is None else recall(), layers=layers) as stream:
+        cache.buffer.clear_all()
+        with MemoryStream(model, window=window, cache=cache, recall=None if recall is None else recall(), layers=layers) as stream:
             stream.read(ids)
-    return notes
+    return cache.notes
 
 
 def fit_whitening(
@@ -58,7 +69,7 @@ def fit_whitening(
     window: int = 256,  # tokens that it sees
 ) -> Whitening:
     "How to compare its final states; errors as `Whitening.fit`."
-    states = torch.cat(_notes(model, documents, 1, window).states)
+    states = torch.cat(_notes(_States, model, documents, 1, window))
     return Whitening(states.shape[1]).fit(states)
 
 
@@ -75,9 +86,9 @@ def fit_gate(
     seed: int = 0,  # of the training
 ) -> LearnedGate:
     "A gate for a `LogitCache` with this whitening. ValueError when the documents are too short to learn from."
-    samples = [s for size in memories for s in _notes(model, documents, size, window, recall, layers, whitening=whitening).samples]
+    noted = (_notes(_Samples, model, documents, size, window, recall, layers, whitening=whitening) for size in memories)
     gate = LearnedGate()
-    gate.fit(samples, seed=seed, data=data)
+    gate.fit(chain.from_iterable(noted), seed=seed, data=data)
     return gate.to(next(model.parameters()).device)
 
 # %% ../../nbs/cmr/calibration.ipynb #1adc710f

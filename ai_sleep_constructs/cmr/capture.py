@@ -18,8 +18,8 @@ class StateCapture:
     """
     Hooks that hand the states entering the target layers to `sink`, detached, during every forward pass.
 
-    A context manager; `remove` takes the hooks away, also after an exception, and may be called twice. Between `pause` and
-    `resume` nothing is captured. What the model computes is not touched.
+    A context manager; `remove` takes the hooks away, also after an exception, and may be called twice. What the
+    model computes is not touched.
     """
 
     def __init__(
@@ -29,27 +29,13 @@ class StateCapture:
         layers: Iterable[int] | None = None,  # which layers; None: all of them
     ):
         self.layers = memory_layers(model, layers)
-        self.sink, self.active = sink, True
+        self.sink = sink
         self._handles = [layer.module.register_forward_pre_hook(self._hook(layer), with_kwargs=True) for layer in self.layers]
 
     def _hook(self, layer: MemoryLayer) -> Callable[..., None]:
         def take(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if self.active:
-                self.sink(layer.index, (args[0] if args else kwargs["hidden_states"]).detach())
+            self.sink(layer.index, (args[0] if args else kwargs["hidden_states"]).detach())
         return take
-
-    @property
-    def attached(self) -> bool:
-        "Whether there are hooks."
-        return bool(self._handles)
-
-    def pause(self) -> None:
-        "Capture nothing until `resume`."
-        self.active = False
-
-    def resume(self) -> None:
-        "Go on after `pause`."
-        self.active = True
 
     def remove(self) -> None:
         "Take the hooks away. A second call does nothing."

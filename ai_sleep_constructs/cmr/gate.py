@@ -8,7 +8,6 @@ __all__ = ['FEATURES', 'features', 'LearnedGate', 'gate_samples']
 # %% ../../nbs/cmr/gate.ipynb #5012221a
 import hashlib
 import json
-import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from .logit_cache import Votes
+from ..reference.files import replacing
 
 # %% ../../nbs/cmr/gate.ipynb #2859987e
 FEATURES = ("best", "eighth", "agreement", "entropy", "top", "doubt", "same", "model_says", "match", "longest")
@@ -111,14 +111,9 @@ class LearnedGate(nn.Module):
         path: str | Path,  # the file, replaced in one step
     ) -> None:
         "Write the weights and what they were trained on to one safetensors file."
-        path = Path(path)
-        beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         record = {"kind": type(self).__name__, "hidden": self.hidden, "features": list(FEATURES), **self.provenance}
-        try:
+        with replacing(path) as beside:
             beside.write_bytes(save({k: v.contiguous() for k, v in self.state_dict().items()}, {"gate": json.dumps(record)}))
-            beside.replace(path)
-        finally:
-            beside.unlink(missing_ok=True)
 
     @classmethod
     def load(

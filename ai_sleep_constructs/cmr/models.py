@@ -8,8 +8,6 @@ __all__ = ['CMRTransformer', 'IntegratedCMRModel', 'MistralCMRModel']
 # %% ../../nbs/cmr/models.ipynb #f3e4f4d0
 import dataclasses
 import json
-import secrets
-import shutil
 import time
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
@@ -26,6 +24,7 @@ from .configuration import MemoryConfig, check_model
 from .engine import MemoryEngine
 from .gate import LearnedGate
 from .logit_cache import LogitCache
+from ..reference.files import replacing_folder
 from ..reference.loading import load_model, no_progress_bars
 
 # %% ../../nbs/cmr/models.ipynb #78d50f01
@@ -154,7 +153,7 @@ class CMRTransformer(nn.Module):
         hooked, old, tried = self.memory_enabled, self.engine, None
         self.remove_memory_hooks()
         try:
-            config, made = old.config, None
+            config = old.config
             if config.target_layers == "auto":
                 chosen, bias, tried = choose_layers(
                     self.model, encoded, window=window, budget=config.retrieval_budget, places=config.places, distance=config.distance,
@@ -179,33 +178,25 @@ class CMRTransformer(nn.Module):
         target = Path(folder).expanduser().absolute()
         if target.exists() and any(target.iterdir()) and not (target / "cmr.json").is_file():
             raise FileExistsError(f"folder: {target} is there and holds no model with memories, so it is not replaced")
-        target.parent.mkdir(parents=True, exist_ok=True)
-        beside, old = (target.with_name(f".{target.name}.{secrets.token_hex(4)}.{end}") for end in ("tmp", "old"))
         hooked = self.memory_enabled
         self.remove_memory_hooks()
         try:
-            with no_progress_bars():
-                self.model.save_pretrained(beside)
-            if self.tokenizer is not None:
-                self.tokenizer.save_pretrained(beside)
-            self.engine.buffer.save_state(beside / "memories.safetensors")
-            cache = self.engine.cache
-            if cache is not None and isinstance(cache.gate, LearnedGate):
-                cache.gate.save(beside / "gate.safetensors")
-            record = {
-                "kind": type(self).__name__, "memory_config": dataclasses.asdict(self.memory_config), "hooked": hooked,
-                "next_sequence": self.engine.next_sequence,
-                "whitening": None if cache is None else {k: v.tolist() for k, v in cache.whitening.state_dict().items()},
-            }
-            (beside / "cmr.json").write_text(json.dumps(record), encoding="utf-8")
-            if target.exists():
-                target.rename(old)
-            beside.rename(target)
+            with replacing_folder(target) as beside:
+                with no_progress_bars():
+                    self.model.save_pretrained(beside)
+                if self.tokenizer is not None:
+                    self.tokenizer.save_pretrained(beside)
+                self.engine.buffer.save_state(beside / "memories.safetensors")
+                cache = self.engine.cache
+                if cache is not None and isinstance(cache.gate, LearnedGate):
+                    cache.gate.save(beside / "gate.safetensors")
+                record = {
+                    "kind": type(self).__name__, "memory_config": dataclasses.asdict(self.memory_config), "hooked": hooked,
+                    "next_sequence": self.engine.next_sequence,
+                    "whitening": None if cache is None else {k: v.tolist() for k, v in cache.whitening.state_dict().items()},
+                }
+                (beside / "cmr.json").write_text(json.dumps(record), encoding="utf-8")
         finally:
-            if old.exists() and not target.exists():
-                old.rename(target)
-            for rest in (beside, old):
-                shutil.rmtree(rest, ignore_errors=True)
             if hooked:
                 self.register_memory_hooks()
         return target

@@ -75,7 +75,7 @@ def _woven_attention(base: str) -> Callable[..., Any]:
         module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
     ) -> tuple[Tensor, Tensor | None]:
         held, recalled = _thread(module), None
-        if held is not None and held.weaver.active:
+        if held is not None:
             weaver, layer = held.weaver, held.layer
             positions = options.get("position_ids")
             if positions is None:
@@ -114,7 +114,7 @@ class Reweaver:
         layers: Iterable[int] | None = None,  # which layers attend to them; None: all
     ):
         "ValueError for layers that there are not, are woven already, or whose attention is neither eager nor sdpa."
-        self.layers, self.recall, self.active = memory_layers(model, layers), recall, True
+        self.layers, self.recall = memory_layers(model, layers), recall
         self.watch: Callable[[MemoryLayer, Tensor], None] | None = None
         self._configs: list[tuple[Any, Any]] = []
         for layer in self.layers:
@@ -131,11 +131,6 @@ class Reweaver:
             attention.config = copy.copy(attention.config)  # the model's own is shared, and says how masks are made
             attention.config._attn_implementation_internal = name
             vars(attention)["_memory_thread"] = _Thread(self, layer)
-
-    @property
-    def attached(self) -> bool:
-        "Whether the layers ask for memories."
-        return bool(self._configs)
 
     def remove(self) -> None:
         "Give the layers their own attention back. A second call does nothing."

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PreTrainedModel
 
+from .files import replacing
+
 # %% ../../nbs/reference/pruned.ipynb #1a056cde
 _RECORD = "groups_left"  # the attribute of a cut attention module: (groups before any cut, the original numbers of those left)
 
@@ -96,9 +98,9 @@ def write_manifest(
     "Write the manifest of the checkpoint in `folder`, whose weights it hashes."
     record: dict[str, Any] = {"version": VERSION, "layers": layers, "files": _hashes(folder)}
     file = folder / MANIFEST
-    beside = file.with_name(f".{MANIFEST}.tmp")
-    beside.write_text(json.dumps(record | {"sha256": _digest(record)}, indent=1) + "\n", encoding="utf-8")
-    return beside.replace(file)
+    with replacing(file) as beside:
+        beside.write_text(json.dumps(record | {"sha256": _digest(record)}, indent=1) + "\n", encoding="utf-8")
+    return file
 
 
 def read_manifest(

@@ -26,6 +26,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 from .corpus import SPLITS, load_corpus
 from .evaluation import evaluate, xz_bits_per_byte
+from .files import replacing, replacing_folder
 from .loading import CheckpointError, file_sha256, no_progress_bars
 from ai_sleep_constructs.reference.recipe import (
     PRESETS, TrainingConfig, batch, context, new_model, new_optimizers, rate, token_streams,
@@ -55,10 +56,9 @@ def _tensor_states(model: PreTrainedModel, optimizers: dict[str, torch.optim.Opt
 
 def _save(output: Path, run: Run, model: PreTrainedModel, optimizers: dict[str, torch.optim.Optimizer]) -> None:
     record = json.dumps(asdict(run))
-    save_file(_tensor_states(model, optimizers), output / "state.safetensors.tmp", metadata={"run": record})
-    (output / "state.json.tmp").write_text(record, encoding="utf-8")
-    for name in ("state.safetensors", "state.json"):
-        os.replace(output / f"{name}.tmp", output / name)  # noqa: PTH105
+    with replacing(output / "state.json") as text, replacing(output / "state.safetensors") as tensors:  # the tensors first
+        save_file(_tensor_states(model, optimizers), tensors, metadata={"run": record})
+        text.write_text(record, encoding="utf-8")
 
 
 def read_run(output: str | Path) -> Run:
@@ -212,32 +212,26 @@ def export_checkpoint(
     model = new_model(run.config, tokenizer)
     _restore(output, model, {})
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    fresh, old = (target.with_name(f".{target.name}.{kind}") for kind in ("new", "old"))
-    shutil.rmtree(fresh, ignore_errors=True)
-    fresh.mkdir(parents=True)
-    with no_progress_bars():
-        model.to(torch.bfloat16).save_pretrained(fresh)
-        model = AutoModelForCausalLM.from_pretrained(fresh, dtype=torch.float32, local_files_only=True).to(where).eval()
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copyfile(output / name, fresh / name)
-    (fresh / "model.safetensors").chmod(0o644)  # written for its owner only
-    corpora = {split: load_corpus(run.config.corpus, split) for split in SPLITS}
-    record = {
-        "config": asdict(run.config), "parameters": model.num_parameters(), "steps": run.step,
-        "tokens": _tokens_seen(run.config, run.step), "seed": run.config.seed,
-        "seconds": seconds if run.seconds is None else run.seconds, "hardware": run.hardware or _hardware(where),
-        "data": {split: {"documents": len(corpus), "bytes": corpus.size, "sha256": corpus.sha256} for split, corpus in corpora.items()},
-        "loss": _thinned(run.log),
-        "evaluation": {split: _measure(model, tokenizer, load_corpus(run.config.corpus, split, max_bytes=max_bytes).texts)
-                       for split in ("guard", "test")},
-        "files": {file.name: file_sha256(file) for file in sorted(fresh.iterdir())},
-    }
-    (fresh / "training.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    shutil.rmtree(old, ignore_errors=True)
-    if target.exists():
-        target.rename(old)
-    fresh.rename(target)
-    shutil.rmtree(old, ignore_errors=True)
+    with replacing_folder(target) as fresh:
+        with no_progress_bars():
+            model.to(torch.bfloat16).save_pretrained(fresh)
+            model = AutoModelForCausalLM.from_pretrained(fresh, dtype=torch.float32, local_files_only=True).to(where).eval()
+        for name in ("tokenizer.json", "tokenizer_config.json"):
+            shutil.copyfile(output / name, fresh / name)
+        (fresh / "model.safetensors").chmod(0o644)  # written for its owner only
+        corpora = {split: load_corpus(run.config.corpus, split) for split in SPLITS}
+        record = {
+            "config": asdict(run.config), "parameters": model.num_parameters(), "steps": run.step,
+            "tokens": _tokens_seen(run.config, run.step), "seed": run.config.seed,
+            "seconds": seconds if run.seconds is None else run.seconds, "hardware": run.hardware or _hardware(where),
+            "data": {split: {"documents": len(corpus), "bytes": corpus.size, "sha256": corpus.sha256}
+                     for split, corpus in corpora.items()},
+            "loss": _thinned(run.log),
+            "evaluation": {split: _measure(model, tokenizer, load_corpus(run.config.corpus, split, max_bytes=max_bytes).texts)
+                           for split in ("guard", "test")},
+            "files": {file.name: file_sha256(file) for file in sorted(fresh.iterdir())},
+        }
+        (fresh / "training.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     return record
 
 # %% ../../nbs/reference/training.ipynb #cde8fd86

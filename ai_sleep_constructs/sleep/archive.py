@@ -8,8 +8,6 @@ __all__ = ['MARK', 'ALLOWED', 'FORMAT', 'TEXT', 'as_tensor', 'encode', 'decode',
 # %% ../../nbs/sleep/archive.ipynb #da4013ca
 import json
 import math
-import os
-import secrets
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -18,6 +16,8 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_safetensors
+
+from ..reference.files import replacing
 
 # %% ../../nbs/sleep/archive.ipynb #a3a44f2b
 MARK = "$"
@@ -103,15 +103,8 @@ def write_archive(filepath: str | Path, record: dict[str, Any]) -> Path:
     text = json.dumps({key: encode(value, key, tensors) for key, value in record.items()}, allow_nan=False)
     tensors[TEXT] = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
     data = to_safetensors(tensors, metadata=FORMAT)
-    beside = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        with beside.open("xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
+    with replacing(path, durable=True) as beside:
+        beside.write_bytes(data)
     return path
 
 

@@ -7,8 +7,6 @@ __all__ = ['HeadMask', 'heads_of_groups', 'touched_modules', 'check_prunable', '
            'save_pruned']
 
 # %% ../../nbs/sleep/head_surgery.ipynb #f39b6281
-import secrets
-import shutil
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..reference.files import replacing_folder
 from ..reference.loading import no_progress_bars
 from ..reference.pruned import cut_groups, groups_left, write_manifest
 from ..reference.architecture import AttentionBlock, attention_blocks
@@ -167,23 +166,9 @@ def save_pruned(
     target, layers = Path(folder).expanduser().absolute(), pruned_layers(model)
     if target.exists() and not (target / "config.json").is_file() and not (target.is_dir() and not any(target.iterdir())):
         raise FileExistsError(f"folder: {target} is there and holds no checkpoint, so it is not replaced")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    mark = secrets.token_hex(4)
-    beside, old = (target.with_name(f".{target.name}.{mark}.{end}") for end in ("tmp", "old"))
-    try:
+    with replacing_folder(target) as beside:
         with no_progress_bars():
             model.save_pretrained(beside)
         tokenizer.save_pretrained(beside)
         write_manifest(beside, layers)
-        if target.exists():
-            target.rename(old)
-        try:
-            beside.rename(target)
-        except BaseException:
-            if old.exists():
-                old.rename(target)
-            raise
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
     return target

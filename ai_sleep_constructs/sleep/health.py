@@ -10,7 +10,6 @@ import dataclasses
 import hashlib
 import json
 import math
-import secrets
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from ..reference.files import replacing
 from .archive import encode, read_archive, write_archive
 from .hashing import hash_tensors
 from .vitals import Vitals, gradient_ranges, take_vitals
@@ -302,12 +302,8 @@ class HealthBaseline:
                 tensors[name] = own.contiguous() if own.untyped_storage().nbytes() == own.nbytes else own.clone()
             elif old is not None:
                 tensors[name] = old
-        beside = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-        try:
+        with replacing(path) as beside:
             save_file(tensors, beside)
-            beside.replace(path)
-        finally:
-            beside.unlink(missing_ok=True)
 
     # the record's own integrity
 

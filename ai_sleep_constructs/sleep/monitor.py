@@ -10,7 +10,6 @@ import json
 import logging
 import math
 import time
-import os
 from collections import deque
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -21,6 +20,7 @@ from typing import Any
 import numpy as np
 from scipy.stats import kendalltau
 
+from ..reference.files import replacing
 from .alerts import SEVERITIES, AlertGate, PerformanceAlert
 from .anomalies import AnomalyDetector
 from .drift import DriftDetector, check_count
@@ -297,12 +297,8 @@ class LMPerformanceMonitor:
     def save(self, path: str | Path) -> Path:
         """Writes `state_dict` as JSON, to a temporary name first; returns the path."""
         target = Path(path)
-        part = target.with_name(f".{target.name}.{os.getpid()}.part")
-        try:
-            part.write_text(json.dumps(self.state_dict(), allow_nan=False), encoding="utf-8")
-            part.replace(target)
-        finally:
-            part.unlink(missing_ok=True)
+        with replacing(target) as beside:
+            beside.write_text(json.dumps(self.state_dict(), allow_nan=False), encoding="utf-8")
         return target
 
     @classmethod

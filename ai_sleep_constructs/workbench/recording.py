@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import __version__
+from ..reference.files import replacing
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -64,9 +65,8 @@ def _scalar(name: str, value: Any) -> Any:
 def write_file(path: Path, content: bytes) -> None:
     """Write a file under a temporary name in the same folder, then rename it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_bytes(content)
-    temporary.replace(path)
+    with replacing(path) as beside:
+        beside.write_bytes(content)
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

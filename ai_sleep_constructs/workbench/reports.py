@@ -12,6 +12,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..reference.files import replacing
+
 # %% ../../nbs/workbench/reports.ipynb #69b0c605
 _LOADS = re.compile(
     r"""<(?:script|img|iframe|video|audio|source|embed)\b[^>]*\bsrc\s*=\s*["']?(?!data:)[^>\s]+"""
@@ -116,9 +118,8 @@ def report_html(notebook: Any, result: Mapping[str, Any]) -> str:
 
 def write_report(notebook: Any, result: Mapping[str, Any], path: Path) -> None:
     """Write `report_html` to `path`, under a temporary name first. Raises ValueError as `report_html` does, and OSError."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(report_html(notebook, result), encoding="utf-8")
-    temporary.replace(path)
+    with replacing(path) as beside:
+        beside.write_text(report_html(notebook, result), encoding="utf-8")
 
 # %% ../../nbs/workbench/reports.ipynb #7bae5682
 def text_table(records: Sequence[Mapping[str, Any]]) -> str:
