@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LayeredMemoryBuffer']
 
-# %% ../../nbs/cmr/buffer.ipynb #15b6c1bd
+# %% ../../nbs/cmr/buffer.ipynb #0e877ddd
 import json
 import os
 from collections.abc import Sequence
@@ -18,10 +18,10 @@ from safetensors.torch import save
 from torch import Tensor
 
 from .entry import MemoryEntry
-from .rows import Rows, changes
+from .rows import Rows, changes, columns_of
 from .tensor_buffer import TensorBuffer
 
-# %% ../../nbs/cmr/buffer.ipynb #41fc0dc9
+# %% ../../nbs/cmr/buffer.ipynb #563b6448
 class LayeredMemoryBuffer(TensorBuffer):
     "Hidden states by layer within budgets, as objects for those who look at them one by one."
 
@@ -48,7 +48,8 @@ class LayeredMemoryBuffer(TensorBuffer):
         rows = self.layers[layer_idx]
         sequence, position, accesses = (int(rows[name][slot]) for name in ("sequence", "position", "accesses"))
         relevance, stored, used = (float(rows[name][slot]) for name in ("relevance", "time", "last_access"))
-        return MemoryEntry(rows["states"][slot].clone(), layer_idx, sequence, position, relevance, stored, accesses, used)
+        state = self.gather(layer_idx, torch.tensor([slot], device=self.device)).states[0]
+        return MemoryEntry(state, layer_idx, sequence, position, relevance, stored, accesses, used)
 
     def _entries(self, found: Sequence[tuple[int, Tensor]], k: int | None = None) -> list[MemoryEntry]:
         pairs = [(layer, slot, score) for layer, slots in found
@@ -114,12 +115,16 @@ class LayeredMemoryBuffer(TensorBuffer):
         excess = len(self) - left
         if excess <= 0:
             return 0
-        self._drop_lowest(list(self.layers.values()), excess)
+        self._drop_lowest(list(self.layers), excess)
         self.statistics["cleanups"] += 1
         return excess
 
     def get_buffer_stats(self) -> dict[str, Any]:
-        "Counts, by layer and over the buffer's life. `memory_utilization` is the share of the total budget in use."
+        """
+        Counts, by layer and over the buffer's life. `memory_utilization` is the share of the total budget in use.
+
+        `cache_hits` and `cache_misses` count how often `neighbourhood` had the index by text and place, and had to make it.
+        """
         layers, sequences = {}, []
         for layer, rows in sorted(self.layers.items()):
             slots = rows.slots()
@@ -134,7 +139,16 @@ class LayeredMemoryBuffer(TensorBuffer):
             "total_sequences": len(torch.cat(sequences).unique()) if sequences else 0, "nbytes": self.nbytes,
             "total_insertions": self.statistics["insertions"], "total_retrievals": self.statistics["retrievals"],
             "total_evictions": self.statistics["evictions"], "cleanup_operations": self.statistics["cleanups"],
+            "cache_hits": self.statistics["cache_hits"], "cache_misses": self.statistics["cache_misses"],
+            "spilled_entries": 0 if self.spill is None else len(self.spill),
         }
+
+    def optimize(self) -> dict[str, int]:
+        "Close the holes between rows and give back layers that hold nothing; rows get other numbers. How many, and bytes freed."
+        before, holes = self.nbytes, sum(len(rows.holes) for rows in self.layers.values())
+        held = {layer: columns for layer, columns in self._held().items() if len(columns["states"])}
+        self._replace(held, {layer: self.layers[layer].clock for layer in held}, self.statistics)
+        return {"holes_closed": holes, "bytes_freed": before - self.nbytes}
 
     # keeping
 
@@ -154,7 +168,7 @@ class LayeredMemoryBuffer(TensorBuffer):
         self,
         filepath: str | Path,  # the file, replaced in one step
     ) -> None:
-        "Write settings, statistics and all memories to one safetensors file."
+        "Write settings, statistics and all memories, without those that were spilled, to one safetensors file."
         path = Path(filepath)
         tensors = {f"{layer}.{name}": column.cpu() for layer, columns in self._held().items() for name, column in columns.items()}
         beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -169,7 +183,7 @@ class LayeredMemoryBuffer(TensorBuffer):
         filepath: str | Path,  # from `save_state`
     ) -> None:
         """
-        Replace all memories by those that were saved.
+        Replace all memories by those that were saved; what was spilled, which is not saved, is forgotten.
 
         OSError without such a file; ValueError, and nothing changed, when it is damaged or of a buffer with other settings.
         """
@@ -183,11 +197,16 @@ class LayeredMemoryBuffer(TensorBuffer):
         for name in ("kind", "max_entries_per_layer", "max_total_entries", "dtype", "fields"):
             if record.get(name) != mine[name]:
                 raise ValueError(f"filepath: {filepath} has {name}={record.get(name)!r}, this buffer {mine[name]!r}")
-        self._lots.set_state(tensors.pop("lots"))
-        by_layer: dict[int, dict[str, Tensor]] = {}
+        lots, by_layer = tensors.pop("lots"), dict[int, dict[str, Tensor]]()
         for key, tensor in tensors.items():
             layer, _, name = key.partition(".")
             by_layer.setdefault(int(layer), {})[name] = tensor
+        for layer, columns in by_layer.items():
+            if set(columns) != set(columns_of(1, self.dtype, self.fields)):
+                raise ValueError(f"filepath: {filepath} has the columns {sorted(columns)} in layer {layer}")
+        if self.spill is not None:
+            self.spill.clear()
+        self._lots.set_state(lots)
         self._replace(by_layer, {int(layer): clock for layer, clock in record["clocks"].items()}, record["statistics"])
 
     def _replace(self, layers: dict[int, dict[str, Tensor]], clocks: dict[int, int], statistics: dict[str, int]) -> None:
@@ -197,20 +216,23 @@ class LayeredMemoryBuffer(TensorBuffer):
             rows = self.layers[layer] = self._rows(states.shape[1])
             rows.write(rows.free(len(states)), columns)
             rows.clock = clocks[layer]
-        self.statistics = dict(statistics)
+        self.statistics = {**dict.fromkeys(self.statistics, 0), **statistics}
 
     # sleeping: memories that are alike become one
 
     def snapshot(self) -> Any:
         "What `restore` needs to bring back the memories of now."
-        return self._held(), {layer: rows.clock for layer, rows in self.layers.items()}, dict(self.statistics)
+        return {} if self.spill is None else dict(self.spill.written), self._held(), {layer: rows.clock for layer, rows in self.layers.items()}, dict(self.statistics)
 
     def restore(
         self,
         saved: Any,  # from `snapshot`
     ) -> None:
-        "Put the memories of that time back."
-        self._replace(*saved)
+        "Put the memories of that time back; what was spilled since is forgotten, for it is here again."
+        spilled, *memories = saved
+        if self.spill is not None:
+            self.spill.forget_since(spilled)
+        self._replace(*memories)
 
     @torch.no_grad()
     def consolidate(

@@ -5,18 +5,21 @@
 # %% auto #0
 __all__ = ['TensorBuffer']
 
-# %% ../../nbs/cmr/tensor_buffer.ipynb #e7e64e6b
+# %% ../../nbs/cmr/tensor_buffer.ipynb #df611a8a
 import itertools
+import math
 import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from .retention import Standing, policy
-from .rows import Fields, Memories, Rows, changes, encode, filtered, memories_at, place, similarity
+from .rows import Fields, Memories, Rows, changes, encode, filtered, memories_at, place, row_bytes, similarity
+from .spill import Spill
 
-# %% ../../nbs/cmr/tensor_buffer.ipynb #68c4ef92
+# %% ../../nbs/cmr/tensor_buffer.ipynb #0bee8671
 _PRODUCTS = 2**24  # products of queries and memories that a search holds at a time
 
 class TensorBuffer:
@@ -34,26 +37,29 @@ class TensorBuffer:
         eviction_strategy: str = "lru_relevance",  # one of `cmr.retention.POLICIES`
         cleanup_threshold: float = 0.8,  # the share of the total budget that `cleanup_least_relevant` leaves
         *,
-        dtype: torch.dtype = torch.float32,  # of the states: float32, float16 or bfloat16
+        dtype: torch.dtype = torch.float32,  # of the states: float32, float16, bfloat16, or int8 with a step for each state
         device: str | torch.device = "cpu",  # where they are kept
         fields: Fields | None = None,  # further tensors a memory has, by name: shape and dtype
         seed: int = 0,  # of the lots that the policy `random` draws
+        spill: str | Path | None = None,  # a folder: what is evicted goes into files there, for `search_spilled`
+        spill_entries: int = 100_000,  # evicted memories of one layer at most; the oldest go for good
     ):
         for name, value in (("max_entries_per_layer", max_entries_per_layer), ("max_total_entries", max_total_entries)):
             if type(value) is not int or value < 1:
                 raise ValueError(f"{name} must be an int of 1 or more, got {value!r}")
         if isinstance(cleanup_threshold, bool) or not isinstance(cleanup_threshold, (int, float)) or not 0 < cleanup_threshold <= 1:
             raise ValueError(f"cleanup_threshold must be in (0, 1], got {cleanup_threshold!r}")
-        if dtype not in (torch.float32, torch.float16, torch.bfloat16):
-            raise ValueError(f"dtype must be torch.float32, float16 or bfloat16, got {dtype}")
+        if dtype not in (torch.float32, torch.float16, torch.bfloat16, torch.int8):
+            raise ValueError(f"dtype must be torch.float32, float16, bfloat16 or int8, got {dtype}")
         self.max_entries_per_layer, self.max_total_entries = max_entries_per_layer, max_total_entries
         self.eviction_strategy, self.cleanup_threshold = eviction_strategy, cleanup_threshold
         self._policy = policy(eviction_strategy)
         self.dtype, self.device, self.fields, self.seed = dtype, torch.device(device), dict(fields or {}), seed
+        self.spill = None if spill is None else Spill(spill, spill_entries)
         self.layers: dict[int, Rows] = {}
         self._since = next(changes)  # the change that made these layers
         self._lots = torch.Generator().manual_seed(seed)
-        self.statistics = dict.fromkeys(("insertions", "retrievals", "evictions", "cleanups"), 0)
+        self.statistics = dict.fromkeys(("insertions", "retrievals", "evictions", "cleanups", "cache_hits", "cache_misses"), 0)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({len(self)} of {self.max_total_entries} memories in {len(self.layers)} layers, {self.eviction_strategy})"
@@ -72,8 +78,36 @@ class TensorBuffer:
 
     @property
     def nbytes(self) -> int:
-        "Bytes of all rows, used or not."
+        "Bytes of all rows, used or not; not those of files."
         return sum(rows.nbytes for rows in self.layers.values())
+
+    @staticmethod
+    def bytes_for(
+        hidden: int,  # width of the states
+        max_entries_per_layer: int = 1000,  # as for the buffer
+        max_total_entries: int = 5000,  # as for the buffer
+        *,
+        layers: int = 1,  # how many layers are used
+        dtype: torch.dtype = torch.float32,  # as for the buffer
+        fields: Fields | None = None,  # as for the buffer
+    ) -> int:
+        "The most bytes that such a buffer takes: rows for each layer that is used, full or not, and the index of `neighbourhood`."
+        return layers * min(max_entries_per_layer, max_total_entries) * row_bytes(hidden, dtype, fields or {})
+
+    @staticmethod
+    def entries_for(
+        nbytes: int,  # that may be taken
+        hidden: int,  # width of the states
+        *,
+        layers: int = 1,  # how many layers are used
+        dtype: torch.dtype = torch.float32,  # as for the buffer
+        fields: Fields | None = None,  # as for the buffer
+    ) -> int:
+        "How many memories fit into so many bytes in each layer. ValueError when none do."
+        entries = nbytes // (layers * row_bytes(hidden, dtype, fields or {}))
+        if entries < 1:
+            raise ValueError(f"nbytes must be {layers * row_bytes(hidden, dtype, fields or {})} or more for a memory in each layer, got {nbytes}")
+        return entries
 
     @property
     def version(self) -> int:
@@ -109,7 +143,7 @@ class TensorBuffer:
         rows.clock += number
         columns["stored"] = columns["touched"] = torch.arange(rows.clock - number + 1, rows.clock + 1, device=self.device)
         columns["lot"] = torch.rand(number, generator=self._lots).to(self.device)
-        kept = self._compete(rows, columns)
+        kept = self._compete(layer_idx, columns)
         if kept is not None:
             columns = {name: value[kept] for name, value in columns.items()}
         slots = rows.free(len(columns["states"]))
@@ -120,33 +154,36 @@ class TensorBuffer:
     def _rows(self, hidden: int) -> Rows:
         return Rows(min(self.max_entries_per_layer, self.max_total_entries), hidden, self.dtype, self.device, self.fields)
 
-    def _compete(self, rows: Rows, new: Mapping[str, Tensor]) -> Tensor | None:
-        "Make room; which of the new ones stay, None for all."
-        number, total = len(new["lot"]), len(self)
+    def _compete(self, layer: int, new: Mapping[str, Tensor]) -> Tensor | None:
+        "Make room in a layer; which of the new ones stay, None for all."
+        number, total, rows = len(new["lot"]), len(self), self.layers[layer]
         inside, overall = max(0, rows.count + number - rows.capacity), total + number - self.max_total_entries
         if not inside and overall <= 0:
             return None
         standing = Standing(new["relevance"], new["stored"], new["touched"], new["lot"], rows.clock, rows.capacity)
         scores = self._policy(standing).clone()
-        lost = self._drop_lowest([rows], inside, scores)
+        lost = self._drop_lowest([layer], inside, scores)
         if overall > inside:
             scores[lost] = torch.inf
-            lost = torch.cat([lost, self._drop_lowest(list(self.layers.values()), overall - inside, scores)])
+            lost = torch.cat([lost, self._drop_lowest(list(self.layers), overall - inside, scores)])
         if not len(lost):
             return None
         stays = torch.ones(number, dtype=torch.bool, device=self.device)
         stays[lost] = False
         return stays.nonzero()[:, 0]
 
-    def _drop_lowest(self, members: Sequence[Rows], excess: int, new: Tensor | None = None) -> Tensor:
+    def _drop_lowest(self, layers: Sequence[int], excess: int, new: Tensor | None = None) -> Tensor:
         "Drop the lowest ranked of these layers and of the scores of new ones; which of the new ones would have to go."
-        ranks = [self._policy(rows.standing()) for rows in members]
-        start, ends = 0, [0, *itertools.accumulate(map(len, ranks))]
+        ranks = [self._policy(self.layers[layer].standing()) for layer in layers]
+        ends = [0, *itertools.accumulate(map(len, ranks))]
         losers = torch.cat(ranks if new is None else [*ranks, new]).topk(excess, largest=False, sorted=False).indices
-        for rows, start, end in zip(members, ends, ends[1:], strict=False):
-            mine = losers[(losers >= start) & (losers < end)] - start if len(ends) > 2 or new is not None else losers
+        for layer, start, end in zip(layers, ends, ends[1:], strict=False):
+            mine, rows = losers[(losers >= start) & (losers < end)] - start, self.layers[layer]
             if len(mine):
-                rows.drop(mine if not len(rows.holes) else rows.slots()[mine])
+                slots = rows.slots()[mine] if len(rows.holes) else mine
+                if self.spill is not None:
+                    self.spill.add(layer, rows.held(slots))
+                rows.drop(slots)
                 self.statistics["evictions"] += len(mine)
         return losers[losers >= ends[-1]] - ends[-1]
 
@@ -168,8 +205,8 @@ class TensorBuffer:
                 raise ValueError(f"{name} must have shape {list(states.shape[:1])}, got {list(value.shape)}")
         columns = encode(states.to(self.device), self.dtype)
         if not bool((columns["scale"] > 0).all()):  # the norm says it in one pass
-            wrong = int((~states.isfinite()).sum())
-            raise ValueError(f"hidden_states must be finite in {self.dtype}, got {wrong} non-finite values, {float(states.abs().max()):g} at most")
+            wrong = int((~columns["states"].isfinite()).sum())
+            raise ValueError(f"hidden_states must be finite in {self.dtype}, got {wrong} non-finite values, or norms that are too large")
         if not torch.equal(relevance.clamp(0, 1), relevance):
             raise ValueError(f"relevance_score must be in [0, 1], got {float(relevance.min())}..{float(relevance.max())}")
         if set(extra) != set(self.fields):
@@ -199,14 +236,10 @@ class TensorBuffer:
         The most similar memories of each query, best first: similarities, float32, and rows, int64, of shape [queries, min(k,
         memories)]. Where fewer memories qualify, the rest has the similarity -inf. One matrix product and one top-k.
         """
-        if metric not in ("cosine", "dot"):
-            raise ValueError(f"metric must be cosine or dot, got {metric!r}")
-        if type(k) is not int or k < 1:
-            raise ValueError(f"k must be an int of 1 or more, got {k!r}")
         rows = self.layers.get(layer_idx)
+        queries = self._asked(queries, None if rows is None else rows["states"].shape[1], k, metric)
         if rows is None or not rows.count:
             return torch.empty(len(queries), 0, device=self.device), torch.empty(len(queries), 0, dtype=torch.int64, device=self.device)
-        queries = self._asked(queries, rows, metric)
         hidden = filtered(rows.columns, slice(rows.filled), min_relevance, sequence, exclude_sequence)
         if len(rows.holes):
             hidden = ~rows.valid[: rows.filled] if hidden is None else hidden | ~rows.valid[: rows.filled]
@@ -221,16 +254,44 @@ class TensorBuffer:
             self.touch(layer_idx, where if hidden is None else where[found > -torch.inf])
         return found, where
 
-    def _asked(self, queries: Tensor, rows: Rows, metric: str) -> Tensor:
+    def _asked(self, queries: Tensor, width: int | None, k: int, metric: str) -> Tensor:
         "Queries as they are compared."
-        width = rows["states"].shape[1]
-        if queries.ndim != 2 or not queries.is_floating_point() or queries.shape[1] != width:
-            raise ValueError(f"queries must be floats of shape [queries, {width}], got {queries.dtype} {list(queries.shape)}")
-        queries = queries.to(rows["states"])
-        norm = torch.linalg.vector_norm(queries, dim=-1, keepdim=True, dtype=torch.float32)
-        if not bool(norm.isfinite().all()):
+        if metric not in ("cosine", "dot"):
+            raise ValueError(f"metric must be cosine or dot, got {metric!r}")
+        if type(k) is not int or k < 1:
+            raise ValueError(f"k must be an int of 1 or more, got {k!r}")
+        if queries.ndim != 2 or not queries.is_floating_point() or queries.shape[1] != (width or queries.shape[1]):
+            raise ValueError(f"queries must be floats of shape [queries, {width or 'hidden'}], got {queries.dtype} {list(queries.shape)}")
+        queries = queries.to(self.device, torch.float32 if self.dtype == torch.int8 else self.dtype)
+        norm = torch.linalg.vector_norm(queries, dim=-1, keepdim=True)
+        if not math.isfinite(norm.sum(dtype=torch.float32)):
             raise ValueError(f"queries must be finite in {queries.dtype}, got {int((~norm.isfinite()).sum())} that are not")
-        return torch.nn.functional.normalize(queries, dim=-1) if metric == "cosine" else queries
+        return queries / norm.clamp_min(1e-12) if metric == "cosine" else queries
+
+    @torch.no_grad()
+    def search_spilled(
+        self,
+        queries: Tensor,  # of shape [queries, hidden]
+        layer_idx: int,  # which layer's memories
+        k: int,  # how many for each query
+        *,
+        metric: str = "cosine",  # cosine or dot
+        min_relevance: float = 0.0,  # only memories at least this relevant
+        sequence: int | None = None,  # only memories of this text
+        exclude_sequence: int | None = None,  # no memories of this text
+    ) -> tuple[Tensor, Memories]:
+        """
+        As `search`, among the memories that were evicted: similarities, and the memories themselves, since they have no rows here.
+
+        Read from the files, some thousands at a time; nothing is counted as used. ValueError for a buffer without `spill`.
+        """
+        if self.spill is None:
+            raise ValueError("spill: this buffer keeps nothing of what it evicts; give it a folder")
+        asked = self._asked(queries, self.spill.width(layer_idx), k, metric)
+        found, kept = self.spill.search(asked.cpu(), layer_idx, k, metric, (min_relevance, sequence, exclude_sequence))
+        fields = {name: value.to(self.device) for name, value in kept.fields.items()}
+        states, positions, sequences, relevance = (x.to(self.device) for x in (kept.states, kept.positions, kept.sequences, kept.relevance))
+        return found.to(self.device), Memories(states, positions, sequences, relevance, fields)
 
     def touch(
         self,
@@ -272,6 +333,7 @@ class TensorBuffer:
     ) -> Tensor:
         "The rows of the tokens around each in the same text, int64 of shape [..., before + 1 + after]; -1 where there is none."
         rows = self.layers[layer_idx]
+        self.statistics["cache_hits" if rows.ordered else "cache_misses"] += 1
         keys, order = rows.order()
         steps = torch.arange(-before, after + 1, device=self.device)
         wanted = place(rows["sequence"][slots], rows["position"][slots])[..., None] + steps
@@ -285,8 +347,8 @@ class TensorBuffer:
         self,
         sequence_id: int,  # the text
     ) -> int:
-        "Forget a text, and return how many memories went."
-        gone = 0
+        "Forget a text, what was spilled of it too, and return how many memories went."
+        gone = self.spill.forget(sequence_id) if self.spill is not None else 0
         for rows in self.layers.values():
             slots = rows.slots()
             mine = slots[rows["sequence"][slots] == sequence_id]
@@ -295,6 +357,8 @@ class TensorBuffer:
         return gone
 
     def clear_all(self) -> None:
-        "Forget everything; the rows stay allocated."
+        "Forget everything, what was spilled too; the rows stay allocated."
+        if self.spill is not None:
+            self.spill.clear()
         for rows in self.layers.values():
             rows.drop(rows.slots())
