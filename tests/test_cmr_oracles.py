@@ -242,3 +242,30 @@ def test_budgets_hold_under_anything():
         for step in range(10):
             buffer.store_states(torch.randn(20, 6, generator=generator), step % 4, torch.arange(20), torch.full((20,), 0.9), 99)
         assert len(buffer) == 45, strategy  # all of a budget is used
+
+
+@torch.no_grad()
+def test_layers_recall_the_tokens_that_the_lowest_one_found():
+    torch.manual_seed(0)
+    llama = FAMILIES["llama"]().eval()
+    layers = memory_layers(llama)
+    buffer, text = TensorBuffer(60, 180, "fifo", fields=key_fields(layers[0])), ids(1, 80)
+
+    def keep(index, states):
+        # in another order in each layer, and the last layer misses some
+        order = torch.randperm(60, generator=torch.Generator().manual_seed(index))[: 40 if index == 2 else 60]
+        buffer.store_states(states[0, order], index, order, torch.full((len(order),), 0.5), fields={"key": layers[index].keys_values(states[0, order])[0]})
+
+    with StateCapture(llama, keep):
+        llama(input_ids=text[:, :60])
+    found = {}
+    for share in (True, False):
+        recall = BufferRecall(buffer, budget=12, window=1, places="true", share=share)
+        with Reweaver(llama, recall), StateCapture(llama, recall.states.__setitem__):
+            for _ in range(2):  # every pass looks anew
+                llama(input_ids=text[:, 60:], position_ids=torch.arange(60, 80)[None])
+        found[share] = [set(buffer.gather(layer, slots[slots >= 0]).positions.tolist()) for layer, slots in recall.recalled.items()]
+    first, second, last = found[True]
+    held = set(buffer.gather(2, buffer.slots(2)).positions.tolist())
+    assert len(first) == 12 and first == second and last == first & held and last != first
+    assert found[False][0] == first and found[False][1] != first
