@@ -15,7 +15,7 @@ from torch import Tensor
 from .layers import MemoryLayer
 from .reweaving import Recalled
 
-# %% ../../nbs/cmr/optimization_prefetch.ipynb #8bea195c
+# %% ../../nbs/cmr/optimization_prefetch.ipynb #2e666e3d
 BLOCK = 32  # memories whose keys and values are built at once
 GUESSES = ("successors", "last", "random")
 
@@ -29,6 +29,11 @@ class _Ready:
     values: Tensor
     rows: Any  # the buffer's rows that they are of
     weights: tuple[Any, ...]  # and the weights they were built with
+
+    @property
+    def fits(self) -> tuple[Any, ...]:
+        "What must be the same for them to hold."
+        return id(self.rows), self.weights
 
     def find(self, slots: Tensor) -> tuple[Tensor, Tensor]:
         "The places of these rows of the buffer, and whether they are valid, each of the shape of `slots`."
@@ -52,7 +57,7 @@ def build(
     made = [layer.keys_values(block) for block in padded.split(BLOCK)]
     return torch.cat([keys for keys, _ in made])[: len(states)], torch.cat([values for _, values in made])[: len(states)]
 
-# %% ../../nbs/cmr/optimization_prefetch.ipynb #7b86420f
+# %% ../../nbs/cmr/optimization_prefetch.ipynb #48d041d2
 class _Asked:
     "A layer whose keys and values are looked up where they are ready."
 
@@ -86,6 +91,7 @@ class MemoryPrefetcher:
         self.cmr_model, self.prefetch_size, self.successors, self.guess = cmr_model, prefetch_size, successors, guess
         self._draw = torch.Generator().manual_seed(seed)
         self._ready: dict[int, _Ready] = {}  # by layer
+        self._last: dict[int, _Ready] = {}  # by layer, what the last pass recalled, where it is known to be bit-identical
         self._same: dict[tuple[Any, ...], bool] = {}  # by layer, number of memories and their type: whether ready ones are bit-identical
         self._weaver: Any = None
         self._counts = dict.fromkeys(("recalled", "hits", "used", "built"), 0)
@@ -105,29 +111,41 @@ class MemoryPrefetcher:
             self._weaver.recall = self.cmr_model.engine.recall
         self._weaver = None
         self._ready.clear()
+        self._last.clear()
 
     def _recall(self, layer: MemoryLayer, query: Tensor, positions: Tensor) -> Recalled | None:
         return self.cmr_model.engine.recall(_Asked(layer, self), query, positions)  # type: ignore[no-any-return]
 
     def _keys_values(self, layer: MemoryLayer, states: Tensor) -> tuple[Tensor, Tensor]:
-        "Ready ones, and the rest built now."
-        slots = self.cmr_model.engine.recall.recalled.get(layer.index)
-        ready = self._ready.get(layer.index)
+        "Ready ones, and the rest built now; they are kept for the next guess."
+        engine, index = self.cmr_model.engine, layer.index
+        slots, rows = engine.recall.recalled.get(index), engine.buffer.layers.get(index)
         if slots is None or slots.shape != states.shape[:-1]:
             return layer.keys_values(states)
         self._counts["recalled"] += int((slots >= 0).sum())
-        buffer = self.cmr_model.engine.buffer
-        if ready is None or ready.rows is not buffer.layers.get(layer.index) or ready.weights != _weights(layer):
+        real, slots, key = slots >= 0, slots.clamp_min(0), (index, slots.numel(), states.dtype)
+        made, weights = self._looked_up(layer, states, slots, real, key), _weights(layer)
+        if self._same.get(key):
+            held = torch.unique(slots)
+            at = torch.searchsorted(held, slots.flatten())
+            first = torch.empty_like(held).index_copy_(0, at, torch.arange(len(at), device=held.device))
+            keys, values = (part.flatten(0, -3)[first] for part in made)
+            self._last[index] = _Ready(held, rows["stored"][held].clone(), keys, values, rows, weights)
+        return made
+
+    def _looked_up(
+        self, layer: MemoryLayer, states: Tensor, slots: Tensor, real: Tensor, key: tuple[Any, ...]
+    ) -> tuple[Tensor, Tensor]:
+        ready = self._ready.get(layer.index)
+        if ready is None or ready.fits != (id(self.cmr_model.engine.buffer.layers.get(layer.index)), _weights(layer)):
             return layer.keys_values(states)
-        place, hit = ready.find(slots.clamp_min(0))
-        self._counts["hits"] += int((hit & (slots >= 0)).sum())
-        key = (layer.index, slots.numel(), states.dtype)
+        place, hit = ready.find(slots)
+        self._counts["hits"] += int((hit & real).sum())
         if not bool(hit.any()) or torch.is_autocast_enabled(states.device.type) or self._same.get(key) is False:
             return layer.keys_values(states)
         keys, values = ready.keys[place], ready.values[place]
         if not bool(hit.all()):
-            missing = build(layer, states[~hit])
-            keys[~hit], values[~hit] = missing
+            keys[~hit], values[~hit] = build(layer, states[~hit])
         if key not in self._same:
             whole = layer.keys_values(states)
             self._same[key] = all(a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(whole, (keys, values), strict=True))
@@ -165,24 +183,23 @@ class MemoryPrefetcher:
         return wanted.sort().values
 
     def _made(self, layer: MemoryLayer, buffer: Any, wanted: Tensor) -> _Ready:
-        "Those that are ready stay; the others are built."
-        rows, weights, old = buffer.layers[layer.index], _weights(layer), self._ready.get(layer.index)
-        if old is not None and old.rows is rows and old.weights == weights:
-            place, hit = old.find(wanted)
-        else:
-            old, place, hit = None, wanted, torch.zeros_like(wanted, dtype=torch.bool)
-        missing = wanted[~hit]
-        shape = (len(wanted), layer.block.groups, layer.block.head_dim)
+        "Those that are ready or were recalled just now are taken; the others are built."
+        rows, weights = buffer.layers[layer.index], _weights(layer)
         parameter = next(layer.norm.parameters())
+        shape = (len(wanted), layer.block.groups, layer.block.head_dim)
         keys, values = (torch.empty(shape, dtype=parameter.dtype, device=parameter.device) for _ in range(2))
-        if len(missing):
-            new = build(layer, buffer.gather(layer.index, missing).states.to(parameter.device))
+        missing = torch.ones_like(wanted, dtype=torch.bool)
+        for source in (self._last.pop(layer.index, None), self._ready.get(layer.index)):
+            if source is not None and source.fits == (id(rows), weights) and source.keys.dtype == keys.dtype:
+                place, hit = source.find(wanted)
+                hit &= missing
+                keys[hit], values[hit] = source.keys[place[hit]], source.values[place[hit]]
+                missing &= ~hit
+        if bool(missing.any()):
+            new = build(layer, buffer.gather(layer.index, wanted[missing]).states.to(parameter.device))
             keys, values = keys.to(new[0].dtype), values.to(new[1].dtype)
-            keys[~hit], values[~hit] = new
-            self._counts["built"] += len(missing)
-        if old is not None and bool(hit.any()):
-            keys, values = keys.to(old.keys.dtype), values.to(old.values.dtype)
-            keys[hit], values[hit] = old.keys[place[hit]], old.values[place[hit]]
+            keys[missing], values[missing] = new
+            self._counts["built"] += int(missing.sum())
         return _Ready(wanted, rows["stored"][wanted].clone(), keys, values, rows, weights)
 
     def get_prefetch_stats(self) -> dict[str, Any]:

@@ -8,7 +8,7 @@ __all__ = ['AdaptiveThresholdManager']
 # %% ../../nbs/cmr/optimization_thresholds.ipynb #df6db727
 from typing import Any
 
-# %% ../../nbs/cmr/optimization_thresholds.ipynb #d6004a2a
+# %% ../../nbs/cmr/optimization_thresholds.ipynb #d9276694
 class AdaptiveThresholdManager:
     """
     A threshold of scores in [0, 1] that holds the share of tokens that is stored, by the step of Gibbs and Candès (2021).
@@ -32,7 +32,7 @@ class AdaptiveThresholdManager:
             raise ValueError(f"horizon must be an int of 1 or more, got {horizon!r}")
         self.target_capture_rate, self.horizon = target_capture_rate, horizon
         self._sum = float(1 - target_capture_rate if threshold is None else threshold)
-        self._stored, self._tokens, self._goal, self._updates = 0, 0, 0.0, 0
+        self._stored, self._tokens, self._goal, self._updates = 0.0, 0, 0.0, 0
 
     @property
     def threshold(self) -> float:
@@ -41,7 +41,7 @@ class AdaptiveThresholdManager:
 
     def update(
         self,
-        stored: int,  # tokens of a pass that were stored
+        stored: float,  # tokens of a pass that were stored, the mean over layers
         tokens: int,  # tokens of that pass that could have been
         most: int | None = None,  # the most that a pass may store; None: all
     ) -> float:
