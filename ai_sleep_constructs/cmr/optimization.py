@@ -21,7 +21,7 @@ from .optimization_batching import BatchProcessingOptimizer
 from .optimization_prefetch import MemoryPrefetcher
 from .optimization_thresholds import AdaptiveThresholdManager
 
-# %% ../../nbs/cmr/optimization.ipynb #20c3082a
+# %% ../../nbs/cmr/optimization.ipynb #1cc769c8
 OPTIONS: Mapping[str, Any] = MappingProxyType({
     "enable_adaptive_thresholds": True,  # hold the share of tokens that is stored
     "enable_batch_optimization": True,  # read by length, without padding
@@ -29,7 +29,7 @@ OPTIONS: Mapping[str, Any] = MappingProxyType({
     "enable_background_optimization": True,  # upkeep of memories
     "target_capture_rate": None,  # the share to hold; None: one minus the model's relevance_threshold
     "horizon": 1024,  # see `AdaptiveThresholdManager`
-    "token_budget": 4096, "max_batch_size": 32, "max_padding": 0.1,  # see `BatchProcessingOptimizer`
+    "token_budget": 4096, "max_batch_size": 32, "max_padding": 0.2,  # see `BatchProcessingOptimizer`
     "prefetch_size": 512, "successors": 1,  # see `MemoryPrefetcher`
     "max_queue": 64,  # see `ComputationScheduler`
     "every": 16, "consolidate_at": 0.95, "consolidate_to": 0.9,  # see `BackgroundOptimizer`

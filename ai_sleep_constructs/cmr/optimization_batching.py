@@ -63,7 +63,7 @@ def _storing_later(engine: Any, plan: Sequence[Sequence[int]]) -> Iterator[dict[
     if noted[1] is not None:
         noted[1].play("sequence", order)
 
-# %% ../../nbs/cmr/optimization_batching.ipynb #f2d34fc6
+# %% ../../nbs/cmr/optimization_batching.ipynb #62b40e17
 class BatchProcessingOptimizer:
     "Reads a padded batch as several batches of texts of similar length, without the padding."
 
@@ -71,7 +71,7 @@ class BatchProcessingOptimizer:
         self,
         token_budget: int = 4096,  # tokens of a batch with its padding; a longer text is a batch by itself
         max_batch_size: int = 32,  # texts of a batch
-        max_padding: float = 0.1,  # the largest share of a batch that may be padding, in [0, 1)
+        max_padding: float = 0.2,  # the largest share of a batch that may be padding, in [0, 1)
     ):
         for name, value in (("token_budget", token_budget), ("max_batch_size", max_batch_size)):
             if type(value) is not int or value < 1:

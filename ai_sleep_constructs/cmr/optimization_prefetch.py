@@ -57,7 +57,7 @@ def build(
     made = [layer.keys_values(block) for block in padded.split(BLOCK)]
     return torch.cat([keys for keys, _ in made])[: len(states)], torch.cat([values for _, values in made])[: len(states)]
 
-# %% ../../nbs/cmr/optimization_prefetch.ipynb #48d041d2
+# %% ../../nbs/cmr/optimization_prefetch.ipynb #63654ea1
 class _Asked:
     "A layer whose keys and values are looked up where they are ready."
 
@@ -80,7 +80,7 @@ class MemoryPrefetcher:
         *,
         prefetch_size: int = 512,  # memories of a layer that are ready at most
         successors: int = 1,  # tokens after each recalled one that are guessed as well
-        guess: str = "successors", # successors; last, for only those recalled last; or random, the control
+        guess: str = "successors",  # successors; last, for only those recalled last; or random, the control
         seed: int = 0,  # of the random guess
     ):
         for name, value, least in (("prefetch_size", prefetch_size, 1), ("successors", successors, 0)):
@@ -114,7 +114,7 @@ class MemoryPrefetcher:
         self._last.clear()
 
     def _recall(self, layer: MemoryLayer, query: Tensor, positions: Tensor) -> Recalled | None:
-        return self.cmr_model.engine.recall(_Asked(layer, self), query, positions)  # type: ignore[no-any-return]
+        return self.cmr_model.engine.recall(_Asked(layer, self), query, positions)
 
     def _keys_values(self, layer: MemoryLayer, states: Tensor) -> tuple[Tensor, Tensor]:
         "Ready ones, and the rest built now; they are kept for the next guess."
