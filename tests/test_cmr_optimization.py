@@ -20,7 +20,7 @@ from ai_sleep_constructs.cmr.optimization_prefetch import MemoryPrefetcher
 from ai_sleep_constructs.cmr.optimization_thresholds import AdaptiveThresholdManager
 
 MEMORY = {"target_layers": [0, 1], "relevance_threshold": 0.0, "max_states_per_layer": 100, "buffer_size": 2000, "retrieval_budget": 24}
-QUIET = {"enable_adaptive_thresholds": False, "enable_background_optimization": False}
+QUIET = {"enable_adaptive_thresholds": False, "enable_background_optimization": False, "enable_prefetching": True}
 
 
 def bare(kind="llama", **more):
@@ -443,7 +443,7 @@ def test_upkeep_merges_and_prunes():
 def test_what_a_run_gives_does_not_depend_on_the_speed_of_the_thread():
     def run(slow):
         model = remembering(read=False, buffer_size=100)
-        with CMRPerformanceOptimizer(model, {"every": 1, "consolidate_at": 0.6, "consolidate_to": 0.5}) as optimizer:
+        with CMRPerformanceOptimizer(model, {"every": 1, "consolidate_at": 0.6, "consolidate_to": 0.5, "enable_prefetching": True}) as optimizer:
             logits = []
             for turn in range(6):
                 if slow:
@@ -458,7 +458,7 @@ def test_what_a_run_gives_does_not_depend_on_the_speed_of_the_thread():
 @torch.no_grad()
 def test_errors_of_the_background_reach_the_next_forward():
     model = remembering()
-    optimizer = CMRPerformanceOptimizer(model, {"every": 1})
+    optimizer = CMRPerformanceOptimizer(model, {"every": 1, "enable_prefetching": True})
     optimizer.background_optimizer.consolidate = lambda: (_ for _ in ()).throw(OSError("no room"))
     optimizer.optimize_forward(tokens(1, 10))
     with pytest.raises(RuntimeError, match=r"background job 'consolidate' failed: OSError: no room"):

@@ -21,11 +21,11 @@ from .optimization_batching import BatchProcessingOptimizer
 from .optimization_prefetch import MemoryPrefetcher
 from .optimization_thresholds import AdaptiveThresholdManager
 
-# %% ../../nbs/cmr/optimization.ipynb #1cc769c8
+# %% ../../nbs/cmr/optimization.ipynb #a6b96b3a
 OPTIONS: Mapping[str, Any] = MappingProxyType({
     "enable_adaptive_thresholds": True,  # hold the share of tokens that is stored
     "enable_batch_optimization": True,  # read by length, without padding
-    "enable_prefetching": True,  # have memories ready
+    "enable_prefetching": False,  # have memories ready; off, as it saves time only where the time between calls is free
     "enable_background_optimization": True,  # upkeep of memories
     "target_capture_rate": None,  # the share to hold; None: one minus the model's relevance_threshold
     "horizon": 1024,  # see `AdaptiveThresholdManager`
