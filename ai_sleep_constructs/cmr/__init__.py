@@ -19,12 +19,14 @@ if TYPE_CHECKING:
         SemanticMemoryMatcher,
     )
     from ai_sleep_constructs.cmr.models import CMRTransformer, IntegratedCMRModel, MistralCMRModel
+    from ai_sleep_constructs.cmr.optimization import CMRPerformanceOptimizer
     from ai_sleep_constructs.cmr.retrieval import AdvancedMemoryRetriever, RetrievalCache
     from ai_sleep_constructs.cmr.scoring import RelevanceScorer
     from ai_sleep_constructs.cmr.streaming import MemoryStream
 
 __all__ = [
     "AdvancedMemoryRetriever",
+    "CMRPerformanceOptimizer",
     "CMRTransformer",
     "ContextualRelevanceScorer",
     "FullCMRModel",
@@ -45,6 +47,7 @@ __all__ = [
 
 _HOMES = {
     "AdvancedMemoryRetriever": "retrieval",
+    "CMRPerformanceOptimizer": "optimization",
     "CMRTransformer": "models",
     "ContextualRelevanceScorer": "matching",
     "FullCMRModel": "full_model",

@@ -20,7 +20,7 @@ from .recall import BufferRecall
 from .reweaving import Reweaver
 from .scoring import SCORING_METHODS, RelevanceScorer
 
-# %% ../../nbs/cmr/engine.ipynb #fe969b73
+# %% ../../nbs/cmr/engine.ipynb #7e6882f0
 class MemoryEngine:
     "Memories of a model: what it reads is captured, scored and kept, and comes back while it reads on."
 
@@ -51,6 +51,7 @@ class MemoryEngine:
         self.sequence: Tensor | None = None  # the text of each row, int64 of shape [batch]
         self.next_sequence = 0
         self.generating = False
+        self.real: Tensor | None = None  # which tokens of the last pass are no padding, bool of shape [batch, tokens]
         self._handles: list[Any] = []
         self.weaver: Reweaver | None = None  # the layers that attend to memories, while attached
         self._context: tuple[Tensor, Tensor, Tensor] | None = None  # ids, what is not padding, and places of the pass
@@ -110,11 +111,14 @@ class MemoryEngine:
             self.next_sequence += len(ids)
             self._seen, self._pending = torch.zeros(len(ids), dtype=torch.int64, device=ids.device), None
         self.recall.sequence = self.sequence if self.sequence is not None else 0
-        self._context = (ids, real, positions.expand(len(ids), -1))
+        self._context, self.real = (ids, real, positions.expand(len(ids), -1)), real
         before = self._pending[2].flip(-1) if held and self._pending is not None else None
         self._contexts = contexts_of(ids.masked_fill(~real, -1), before)
 
     def _capture(self, layer: int, states: Tensor) -> None:
+        if self.real is not None and not bool(self.real.all()):  # padding must not ask for memories: the row's first token stands for it
+            own = states[torch.arange(len(states), device=states.device), self.real.long().argmax(1)]
+            states = torch.where(self.real[..., None], states, own[:, None])
         self.captured[layer] = states
 
     def _keep_final(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:

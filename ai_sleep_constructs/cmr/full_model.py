@@ -18,7 +18,7 @@ from .entry import MemoryEntry, RetrievalContext
 from .models import IntegratedCMRModel
 from .retrieval import STRATEGIES, AdvancedMemoryRetriever
 
-# %% ../../nbs/cmr/full_model.ipynb #8f1cbf18
+# %% ../../nbs/cmr/full_model.ipynb #8bdd8231
 class FullCMRModel(IntegratedCMRModel):
     """
     An `IntegratedCMRModel`, scored by `attention_based`, with an `AdvancedMemoryRetriever`.
@@ -60,6 +60,7 @@ class FullCMRModel(IntegratedCMRModel):
         text = self.engine.sequence
         context = RetrievalContext(
             0 if text is None else int(text[row]), layer, self.engine.captured[layer][row].float(),
+            attention_mask=None if self.engine.real is None else self.engine.real[row],
             retrieval_budget=self.memory_config.retrieval_budget, task_type=self.task_type,
         )
         return self.retriever.retrieve(context, self.retrieval_strategy)[1]
