@@ -115,6 +115,11 @@ BRIEF: dict[str, dict[str, object]] = {
         "arms": "none,cache,both,random,projection", "files": 1, "most_tokens": 600, "calibration_files": 1, "calibration_tokens": 800,
         "evictions": "fifo", "budgets": "", "memories": 300, "least_tokens": 4000,
     },
+    "cmr_recall": {
+        "arms": "none,both,random", "files": 1, "most_tokens": 1000, "calibration_files": 1, "calibration_tokens": 800, "memories": 300,
+        "lengths": "400,800", "fall_to": 800, "planted_arms": "none,ngram", "planted_lengths": "300", "facts": 3, "seeds": 1,
+        "count_every": 400,
+    },
     "consolidation_memories": {"facts": 24, "seeds": 1, "sizes": "1.0,0.5"},
     "consolidation_weights": {"arms": "naive,replay", "steps": 4, "seeds": 1, "tokens": 64, "test_sequences": 4},
     "gradient_clipping": {"steps": 24, "seeds": 1, "hidden": 32, "batch_tokens": 128, "arms": "none,global", "spikes": 2},
