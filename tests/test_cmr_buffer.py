@@ -189,7 +189,7 @@ def test_search_is_as_plain_calculation(dtype, metric, filters, monkeypatch):
 
 def test_fewer_that_qualify_are_minus_infinity_and_not_counted_as_used():
     buffer = filled()
-    found, slots = buffer.search(draw(2, 8), 0, 30, sequence=2)
+    found, _ = buffer.search(draw(2, 8), 0, 30, sequence=2)
     assert (found > -torch.inf).sum(1).tolist() == [25, 25] and found.shape == (2, 30)
     assert buffer.layers[0]["accesses"].sum() == 50 and buffer.layers[0]["accesses"][50:75].tolist() == [2] * 25
     assert buffer.search(draw(2, 8), 3, 4)[0].shape == (2, 0)
@@ -289,9 +289,9 @@ def test_a_version_is_never_seen_twice(tmp_path):
         for buffer in buffers:
             saved = buffer.snapshot()
             for change in (
-                lambda b: b.store_states(draw(1, 8), 0, torch.tensor([turn]), torch.ones(1), 9, fields={"token": torch.tensor([0])}),
+                lambda b, turn=turn: b.store_states(draw(1, 8), 0, torch.tensor([turn]), torch.ones(1), 9, fields={"token": torch.tensor([0])}),
                 lambda b: b.clear_sequence(9), lambda b: b.cleanup_least_relevant(0.5), lambda b: b.clear_all(),
-                lambda b: b.restore(saved), lambda b: b.load_state(tmp_path / "saved"), lambda b: b.consolidate(20), lambda b: b.optimize(),
+                lambda b, saved=saved: b.restore(saved), lambda b: b.load_state(tmp_path / "saved"), lambda b: b.consolidate(20), lambda b: b.optimize(),
             ):
                 last = buffer.version
                 change(buffer)
