@@ -302,6 +302,17 @@ def test_a_version_is_never_seen_twice(tmp_path):
             buffer.restore(saved)
 
 
+def test_an_empty_buffer_is_not_the_one_that_it_was():
+    buffer = filled(10)
+    empty, versions = LayeredMemoryBuffer(10, 10, fields=TOKEN).snapshot(), []
+    for _ in range(3):
+        buffer.restore(empty)
+        versions.append(buffer.version)
+        buffer.store_states(draw(1, 8), 0, torch.tensor([1]), torch.ones(1), fields={"token": torch.tensor([0])})
+        versions.append(buffer.version)
+    assert versions == sorted(set(versions))
+
+
 # --- statistics ---
 
 def test_statistics_have_the_known_keys_and_count():
@@ -424,6 +435,7 @@ def test_what_is_evicted_is_found_in_files(tmp_path, dtype, metric, monkeypatch)
     assert buffer.layers[0]["accesses"].sum() == 0
     buffer.clear_sequence(0)
     assert len(buffer.spill) == 30 and buffer.search_spilled(states[:2], 0, 500)[1].positions.min() == 50
+    assert (buffer.search_spilled(states[:2], 0, 5, sequence=0)[0] == -torch.inf).all(), "what was overwritten is no memory of text 0"
     buffer.clear_all()
     assert len(buffer.spill) == 0 == buffer.spill.nbytes and buffer.search_spilled(states[:2], 0, 3)[0].shape == (2, 0)
 
