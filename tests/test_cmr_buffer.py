@@ -189,7 +189,7 @@ def test_search_is_as_plain_calculation(dtype, metric, filters, monkeypatch):
 
 def test_fewer_that_qualify_are_minus_infinity_and_not_counted_as_used():
     buffer = filled()
-    found, slots = buffer.search(draw(2, 8), 0, 30, sequence=2)
+    found, _ = buffer.search(draw(2, 8), 0, 30, sequence=2)
     assert (found > -torch.inf).sum(1).tolist() == [25, 25] and found.shape == (2, 30)
     assert buffer.layers[0]["accesses"].sum() == 50 and buffer.layers[0]["accesses"][50:75].tolist() == [2] * 25
     assert buffer.search(draw(2, 8), 3, 4)[0].shape == (2, 0)
@@ -289,9 +289,9 @@ def test_a_version_is_never_seen_twice(tmp_path):
         for buffer in buffers:
             saved = buffer.snapshot()
             for change in (
-                lambda b: b.store_states(draw(1, 8), 0, torch.tensor([turn]), torch.ones(1), 9, fields={"token": torch.tensor([0])}),
+                lambda b, turn=turn: b.store_states(draw(1, 8), 0, torch.tensor([turn]), torch.ones(1), 9, fields={"token": torch.tensor([0])}),
                 lambda b: b.clear_sequence(9), lambda b: b.cleanup_least_relevant(0.5), lambda b: b.clear_all(),
-                lambda b: b.restore(saved), lambda b: b.load_state(tmp_path / "saved"), lambda b: b.consolidate(20), lambda b: b.optimize(),
+                lambda b, saved=saved: b.restore(saved), lambda b: b.load_state(tmp_path / "saved"), lambda b: b.consolidate(20), lambda b: b.optimize(),
             ):
                 last = buffer.version
                 change(buffer)
@@ -300,6 +300,17 @@ def test_a_version_is_never_seen_twice(tmp_path):
             buffer.search(draw(1, 8), 0, 1)
             assert buffer.version in seen, "being found is no change of what is remembered"
             buffer.restore(saved)
+
+
+def test_an_empty_buffer_is_not_the_one_that_it_was():
+    buffer = filled(10)
+    empty, versions = LayeredMemoryBuffer(10, 10, fields=TOKEN).snapshot(), []
+    for _ in range(3):
+        buffer.restore(empty)
+        versions.append(buffer.version)
+        buffer.store_states(draw(1, 8), 0, torch.tensor([1]), torch.ones(1), fields={"token": torch.tensor([0])})
+        versions.append(buffer.version)
+    assert versions == sorted(set(versions))
 
 
 # --- statistics ---
@@ -424,6 +435,7 @@ def test_what_is_evicted_is_found_in_files(tmp_path, dtype, metric, monkeypatch)
     assert buffer.layers[0]["accesses"].sum() == 0
     buffer.clear_sequence(0)
     assert len(buffer.spill) == 30 and buffer.search_spilled(states[:2], 0, 500)[1].positions.min() == 50
+    assert (buffer.search_spilled(states[:2], 0, 5, sequence=0)[0] == -torch.inf).all(), "what was overwritten is no memory of text 0"
     buffer.clear_all()
     assert len(buffer.spill) == 0 == buffer.spill.nbytes and buffer.search_spilled(states[:2], 0, 3)[0].shape == (2, 0)
 

@@ -21,7 +21,7 @@ from .entry import MemoryEntry
 from .rows import Rows, changes, columns_of
 from .tensor_buffer import TensorBuffer
 
-# %% ../../nbs/cmr/buffer.ipynb #563b6448
+# %% ../../nbs/cmr/buffer.ipynb #22668795
 class LayeredMemoryBuffer(TensorBuffer):
     "Hidden states by layer within budgets, as objects for those who look at them one by one."
 
@@ -222,7 +222,8 @@ class LayeredMemoryBuffer(TensorBuffer):
 
     def snapshot(self) -> Any:
         "What `restore` needs to bring back the memories of now."
-        return {} if self.spill is None else dict(self.spill.written), self._held(), {layer: rows.clock for layer, rows in self.layers.items()}, dict(self.statistics)
+        spilled = {} if self.spill is None else dict(self.spill.written)
+        return spilled, self._held(), {layer: rows.clock for layer, rows in self.layers.items()}, dict(self.statistics)
 
     def restore(
         self,

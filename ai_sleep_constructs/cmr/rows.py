@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .retention import Standing
 
-# %% ../../nbs/cmr/rows.ipynb #c328ed46
+# %% ../../nbs/cmr/rows.ipynb #16d8449c
 Fields = Mapping[str, tuple[tuple[int, ...], torch.dtype]]
 Columns = Mapping[str, Tensor]
 
@@ -45,7 +45,8 @@ def columns_of(
 ) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     "Shape and dtype of each column for one memory."
     return {
-        "states": ((hidden,), dtype), **{name: ((), kind) for name, kind in _KINDS.items()}, **({"step": ((), torch.float32)} if dtype == torch.int8 else {}),
+        "states": ((hidden,), dtype), **{name: ((), kind) for name, kind in _KINDS.items()},
+        **({"step": ((), torch.float32)} if dtype == torch.int8 else {}),
         **{f"field.{name}": (tuple(shape), kind) for name, (shape, kind) in fields.items()},
     }
 

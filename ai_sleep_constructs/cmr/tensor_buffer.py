@@ -19,7 +19,7 @@ from .retention import Standing, policy
 from .rows import Fields, Memories, Rows, changes, encode, filtered, memories_at, place, row_bytes, similarity
 from .spill import Spill
 
-# %% ../../nbs/cmr/tensor_buffer.ipynb #0bee8671
+# %% ../../nbs/cmr/tensor_buffer.ipynb #83991f6a
 _PRODUCTS = 2**24  # products of queries and memories that a search holds at a time
 
 class TensorBuffer:
@@ -104,10 +104,10 @@ class TensorBuffer:
         fields: Fields | None = None,  # as for the buffer
     ) -> int:
         "How many memories fit into so many bytes in each layer. ValueError when none do."
-        entries = nbytes // (layers * row_bytes(hidden, dtype, fields or {}))
-        if entries < 1:
-            raise ValueError(f"nbytes must be {layers * row_bytes(hidden, dtype, fields or {})} or more for a memory in each layer, got {nbytes}")
-        return entries
+        least = layers * row_bytes(hidden, dtype, fields or {})
+        if nbytes < least:
+            raise ValueError(f"nbytes must be {least} or more for a memory in each layer, got {nbytes}")
+        return nbytes // least
 
     @property
     def version(self) -> int:
@@ -244,7 +244,8 @@ class TensorBuffer:
         if len(rows.holes):
             hidden = ~rows.valid[: rows.filled] if hidden is None else hidden | ~rows.valid[: rows.filled]
         values, slots = [], []
-        for block in queries.split(max(1, _PRODUCTS // rows.filled)):
+        some = max(1, _PRODUCTS // rows.filled)
+        for block in [queries] if len(queries) <= some else queries.split(some):
             scores = similarity(rows.columns, block, metric, slice(rows.filled))
             best = (scores if hidden is None else scores.masked_fill_(hidden, -torch.inf)).topk(min(k, rows.count), dim=-1)
             values.append(best.values)
