@@ -353,3 +353,15 @@ def test_speed_against_the_bare_product():
         print(f"{queries} states over {number:,} memories: {ours * 1000:.2f} ms, product and top-k {bare * 1000:.2f} ms, {ours / bare:.2f}x")
     exact = (torch.nn.functional.normalize(asked, dim=1) @ torch.nn.functional.normalize(states, dim=1).T).amax(0).topk(16).indices
     assert torch.equal(retriever.retrieve(ask(asked, 16), "semantic_similarity")[1], exact)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_memories_in_int8_are_found_as_well(strategy):
+    states = torch.randn(300, 32, generator=torch.Generator().manual_seed(3))
+    found = []
+    for dtype in (torch.float32, torch.int8):
+        buffer = LayeredMemoryBuffer(300, 300, dtype=dtype)
+        buffer.store_states(states, 0, torch.arange(300), torch.linspace(0, 1, 300))
+        retriever = AdvancedMemoryRetriever(32, buffer, {"similarity_threshold": -1.0})
+        found.append(set(retriever.retrieve(RetrievalContext(1, 0, states[40:44] + 0.05, retrieval_budget=20), strategy)[1].tolist()))
+    assert len(found[0] & found[1]) >= 18

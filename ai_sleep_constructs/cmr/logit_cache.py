@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from .tensor_buffer import TensorBuffer
 
-# %% ../../nbs/cmr/logit_cache.ipynb #b2bed26b
+# %% ../../nbs/cmr/logit_cache.ipynb #81c72260
 @dataclass(frozen=True)
 class Votes:
     "What the most similar memories say of the next token. Absent memories have a weight of 0 and the similarity -1."
@@ -49,21 +49,21 @@ def vote(
     match: Tensor | None = None,  # as in `Votes`; None: no match
     bonus: float = 0.0,  # what a full match is worth
 ) -> Votes:
-    "Votes of the neighbours: the softmax of sharpness x similarity + bonus x match."
+    "Votes of the neighbours: the softmax of sharpness x similarity + bonus x match squared, so that long matches count and short ones hardly."
     present = similarity > -torch.inf
     match = torch.zeros_like(similarity, dtype=torch.float32) if match is None else match * present
-    weight = similarity.float() * sharpness + bonus * match
+    weight = similarity.float() * sharpness + bonus * match**2
     weight = weight.masked_fill(~present, torch.finfo(torch.float32).min).softmax(-1) * present
     shared = torch.einsum("tij,tj->ti", (followers[:, :, None] == followers[:, None, :]).float(), weight)
     return Votes(torch.where(present, similarity.float(), -1.0), followers, match, weight, shared)
 
-# %% ../../nbs/cmr/logit_cache.ipynb #645385e9
+# %% ../../nbs/cmr/logit_cache.ipynb #d56ee33e
 Gate = Callable[[Votes, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class ConfidenceGate:
     "The memories' share of the distribution by the similarity of the best; a `Gate`."
-    low: float = 0.3  # at this similarity and below, the memories say nothing
+    low: float = 0.25  # at this similarity and below, the memories say nothing
     most: float = 0.8  # their share when the best is equal to the state
     power: float = 2.0  # how the share grows between
 
@@ -138,7 +138,7 @@ class Whitening(nn.Module):
         "Unit vectors of the same shape, float32."
         return nn.functional.normalize((states.float() - self.mean) @ self.map, dim=-1)
 
-# %% ../../nbs/cmr/logit_cache.ipynb #7108d411
+# %% ../../nbs/cmr/logit_cache.ipynb #a557ee75
 class LogitCache:
     """
     States with the tokens that followed them, and the next-token distribution that follows from both model and memories.
@@ -153,8 +153,8 @@ class LogitCache:
         memories: int = 4096,  # how many are kept at most
         *,
         neighbours: int = 32,  # how many vote
-        sharpness: float = 12.0,  # votes are the softmax of sharpness x similarity + bonus x match
-        bonus: float = 2.4,  # what it is worth that the last `ORDER` tokens were the same as well
+        sharpness: float = 12.0,  # votes are the softmax of sharpness x similarity + bonus x match squared
+        bonus: float = 4.0,  # what it is worth that the last `ORDER` tokens were the same as well
         gate: Gate | None = None,  # the memories' share; None: a `ConfidenceGate`
         whitening: Whitening | None = None,  # how states are compared
         eviction: str = "surprise",  # which go first, one of `cmr.retention.POLICIES`

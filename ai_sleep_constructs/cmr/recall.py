@@ -16,7 +16,7 @@ from .reweaving import Recalled
 from .rows import Rows, place
 from .tensor_buffer import TensorBuffer
 
-# %% ../../nbs/cmr/recall.ipynb #e0203dfc
+# %% ../../nbs/cmr/recall.ipynb #112a8224
 PLACES = ("auto", "true", "clamped")
 FINDS = ("states", "queries")
 
@@ -119,6 +119,7 @@ class BufferRecall:
 
     def _alike(self, now: Tensor, states: Tensor, scale: Tensor) -> Tensor:
         "The largest cosine of each memory to a state that enters now, [batch, memories]."
+        states = states if states.is_floating_point() else states.float()
         unit = torch.nn.functional.normalize(now.to(states), dim=-1)
         return (unit @ states.T).float().amax(1) * scale
 
