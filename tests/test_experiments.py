@@ -111,6 +111,7 @@ BRIEF: dict[str, dict[str, object]] = {
         "updates": 1500, "memory_points": 2000,
     },
     "architectures": {"families": "gpt2,qwen3", "steps": 8, "recalibration_steps": 2, "sequences": 4},
+    "cmr_cost": {"memories": 300, "tokens": 128, "wide_hidden": 0, "rounds": 1, "searched": "300", "stream_tokens": 1000},
     "cmr_retrieval_ablation": {
         "arms": "none,cache,both,random,projection", "files": 1, "most_tokens": 600, "calibration_files": 1, "calibration_tokens": 800,
         "evictions": "fifo", "budgets": "", "memories": 300, "least_tokens": 4000,

@@ -138,7 +138,7 @@ class Whitening(nn.Module):
         "Unit vectors of the same shape, float32."
         return nn.functional.normalize((states.float() - self.mean) @ self.map, dim=-1)
 
-# %% ../../nbs/cmr/logit_cache.ipynb #a557ee75
+# %% ../../nbs/cmr/logit_cache.ipynb #a8764ce4
 class LogitCache:
     """
     States with the tokens that followed them, and the next-token distribution that follows from both model and memories.
@@ -197,9 +197,10 @@ class LogitCache:
         "What the memories say of the token after each state; with `ids`, the states of the same text before it are memories too."
         keys = self.whitening(states)
         similarity, slots = self.buffer.search(keys, 0, self.neighbours, metric="dot")
-        kept = self.buffer.gather(0, slots).fields if slots.shape[1] else {}
-        followers = kept.get("token", slots)
-        before = kept.get("context", slots[..., None].expand(-1, -1, ORDER))
+        rows = self.buffer.layers.get(0)
+        followers, before = slots, slots[..., None].expand(-1, -1, ORDER)
+        if rows is not None and slots.shape[1]:
+            followers, before = rows["field.token"][slots], rows["field.context"][slots]
         if ids is not None and len(ids) > 1:
             within = (keys @ keys[:-1].T).masked_fill(torch.ones(len(ids), len(ids) - 1, device=keys.device).triu().bool(), -torch.inf)
             similarity = torch.cat([similarity, within.to(similarity)], dim=1)
