@@ -495,3 +495,14 @@ def test_consolidation_keeps_recall_where_dropping_does_not(dtype):
         assert len(buffer) == 60
         recalled.append(float((buffer.gather(0, buffer.search(centres, 0, 1)[1][:, 0]).fields["token"] == torch.arange(60)).float().mean()))
     assert recalled[0] == 1.0 and recalled[1] < 0.8
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    ({"sequence_id": 2**23}, "sequence_id must be"), ({"sequence_id": 1.5}, "sequence_id must be"), ({"sequence_id": "a"}, "sequence_id must be"),
+    ({"position_idx": torch.tensor([0.5])}, "position_idx must be integers"),
+])
+def test_texts_and_places_that_cannot_be_ordered_are_refused(change, message):
+    buffer = TensorBuffer(5, 5)
+    with pytest.raises(ValueError, match=message):
+        buffer.store_states(**{"hidden_states": torch.ones(1, 4), "layer_idx": 0, "position_idx": torch.tensor([0]), "relevance_score": torch.ones(1), **change})
+    assert len(buffer) == 0 and not buffer.layers

@@ -19,7 +19,7 @@ from .retention import Standing, policy
 from .rows import Fields, Memories, Rows, changes, encode, filtered, memories_at, place, row_bytes, similarity
 from .spill import Spill
 
-# %% ../../nbs/cmr/tensor_buffer.ipynb #83991f6a
+# %% ../../nbs/cmr/tensor_buffer.ipynb #7b8a983c
 _PRODUCTS = 2**24  # products of queries and memories that a search holds at a time
 
 class TensorBuffer:
@@ -133,7 +133,7 @@ class TensorBuffer:
         Raises ValueError, before anything changed, for shapes that do not fit, values that are not finite, scores outside
         [0, 1] and missing fields.
         """
-        columns = self._checked(hidden_states, layer_idx, position_idx, relevance_score, fields or {})
+        columns = self._checked(hidden_states, layer_idx, position_idx, relevance_score, sequence_id, fields or {})
         number = len(hidden_states)
         if not number:
             return torch.empty(0, dtype=torch.int64, device=self.device)
@@ -188,11 +188,13 @@ class TensorBuffer:
         return losers[losers >= ends[-1]] - ends[-1]
 
     def _checked(
-        self, states: Tensor, layer: int, position: Tensor, relevance: Tensor, extra: Mapping[str, Tensor]
+        self, states: Tensor, layer: int, position: Tensor, relevance: Tensor, sequence: int, extra: Mapping[str, Tensor]
     ) -> dict[str, Tensor]:
         "The columns that new memories bring."
         if type(layer) is not int:
             raise ValueError(f"layer_idx must be an int, got {layer!r}")
+        if isinstance(sequence, bool) or not isinstance(sequence, int) or not -(2**23) <= sequence < 2**23:
+            raise ValueError(f"sequence_id must be an int from -2**23 to 2**23 - 1, got {sequence!r}")
         if states.ndim != 2 or not states.is_floating_point():
             raise ValueError(f"hidden_states must be floats of shape [memories, hidden], got {states.dtype} {list(states.shape)}")
         width = self.layers[layer]["states"].shape[1] if layer in self.layers else states.shape[1]
@@ -203,6 +205,8 @@ class TensorBuffer:
         for name, value in (("position_idx", position), ("relevance_score", relevance)):
             if value.shape != states.shape[:1]:
                 raise ValueError(f"{name} must have shape {list(states.shape[:1])}, got {list(value.shape)}")
+        if position.is_floating_point() or position.dtype == torch.bool:
+            raise ValueError(f"position_idx must be integers, got {position.dtype}")
         columns = encode(states.to(self.device), self.dtype)
         if not bool((columns["scale"] > 0).all()):  # the norm says it in one pass
             wrong = int((~columns["states"].isfinite()).sum())
