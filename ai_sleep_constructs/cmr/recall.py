@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['PLACES', 'FINDS', 'BufferRecall']
 
-# %% ../../nbs/cmr/recall.ipynb #d77a7a73
+# %% ../../nbs/cmr/recall.ipynb #4cf85508
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,9 +17,17 @@ from .reweaving import Recalled
 from .rows import Rows, place
 from .tensor_buffer import TensorBuffer
 
-# %% ../../nbs/cmr/recall.ipynb #112a8224
+# %% ../../nbs/cmr/recall.ipynb #8a61929c
 PLACES = ("auto", "true", "clamped")
 FINDS = ("states", "queries")
+
+class _Leader(NamedTuple):
+    "The lowest layer of a pass that looked for memories, and what it found."
+    layer: int
+    places: Tensor  # of each memory, from `cmr.rows.place`; -1 for none
+    since: Tensor  # which token found it
+
+_NOBODY = _Leader(-1, torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.int64))
 
 class BufferRecall:
     """
@@ -55,7 +64,7 @@ class BufferRecall:
             raise ValueError(f"bias must be a number between -100 and 100, got {bias!r}")
         self.buffer, self.budget, self.window, self.places = buffer, budget, window, places
         self.reach, self.distance, self.bias, self.before, self.after = reach, distance, float(bias), before, after
-        self.share, self._leader = share, (-1, torch.empty(0, dtype=torch.int64))  # the layer that found, and what by text and place
+        self.share, self._leader = share, _NOBODY
         self.find, self.states = find, dict[int, Tensor]()  # by layer, the states that enter it now, [batch, tokens, hidden]
         self.choose: Callable[[int, int], Tensor] | None = None  # (layer, row) -> rows of the buffer, in place of the layer's queries
         self.sequence: int | Tensor = 0  # the text of each row, an int or int64 of shape [batch]
@@ -71,27 +80,27 @@ class BufferRecall:
     ) -> Recalled | None:
         "What the layer attends to; None when nothing is visible."
         rows = self.buffer.layers.get(layer.index)
-        if layer.index <= self._leader[0]:
-            self._leader = (-1, self._leader[1])  # another pass
+        if layer.index <= self._leader.layer:
+            self._leader = _NOBODY  # another pass
         if rows is None or not rows.count:
             return None
-        slots, batch = rows.slots(), len(query)
+        slots, (batch, tokens) = rows.slots(), positions.shape
         text = torch.as_tensor(self.sequence, device=slots.device).expand(batch)
         true = positions.to(slots.device) + self.offset
-        some = self._visible(rows.column("sequence"), rows.column("position"), text, true.amax(1, keepdim=True))[:, 0]
-        if not bool(some.any()):
-            return None
+        since = torch.zeros(batch, 1, dtype=torch.int64, device=slots.device)
         if self.budget is None or self.budget >= len(slots):
             slots = slots.expand(batch, -1)
-        elif self._leader[0] >= 0:
-            slots = self._same(rows)
+        elif self._leader.layer >= 0:
+            slots, since = self._same(rows), self._leader.since
         else:
-            slots = self._find(layer, rows, query, positions, some)
+            slots, since = self._find(layer, rows, query, positions, text, true)
             if self.share and self.choose is None:
-                self._leader = (layer.index, place(rows["sequence"][slots], rows["position"][slots]).masked_fill(slots < 0, -1))
-        if not slots.shape[1]:
-            return None
+                self._leader = _Leader(layer.index, place(rows["sequence"][slots], rows["position"][slots]).masked_fill(slots < 0, -1), since)
         visible = self._visible(rows["sequence"][slots], rows["position"][slots], text, true) & (slots >= 0)[:, None]
+        visible &= torch.arange(tokens, device=slots.device)[:, None] >= since[:, None]
+        if not bool(visible.any()):
+            return None
+        slots = slots.masked_fill(~visible.any(1), -1)
         self.recalled[layer.index] = slots
         self.buffer.touch(layer.index, slots[slots >= 0])
         kept = self.buffer.gather(layer.index, slots.clamp_min(0))
@@ -117,42 +126,49 @@ class BufferRecall:
         near = (sequence == text[:, None]) & (true[:, -1:] - position < self.reach)
         return torch.where(near, position, clamped)
 
+    def _find(
+        self, layer: MemoryLayer, rows: Rows, query: Tensor, positions: Tensor, text: Tensor, true: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        "Rows to recall, [batch, memories], -1 for none, and for each the token that found it: only this one and later ones may see it."
+        batch, tokens = positions.shape
+        if self.choose is not None:
+            found = [self.choose(layer.index, row)[: self.budget] for row in range(batch)]
+            slots = torch.nn.utils.rnn.pad_sequence(found, batch_first=True, padding_value=-1)
+            return slots, torch.full_like(slots, tokens - 1)  # chosen by the whole piece, so its last token is the first that may know
+        budget, wide = self.budget or 1, 1 + self.before + self.after
+        step = -(-tokens * wide // budget)  # so many tokens ask that all of what they find is within the budget
+        asking = torch.arange(step - 1, tokens, step, device=true.device)
+        now = self.states.get(layer.index) if self.find == "states" else None
+        if now is not None:
+            found_by = self._alike(now[:, asking.to(now.device)], rows.column("states"), rows.column("scale"))
+        else:
+            found_by = self._answers(layer, query, positions, rows.column("field.key"))[:, asking]
+        seen = self._visible(rows.column("sequence"), rows.column("position"), text, true[:, asking])
+        best = found_by.to(seen.device).masked_fill(~seen, -torch.inf).topk(min(budget // (len(asking) * wide) or 1, rows.count), dim=-1)
+        slots = rows.slots()[best.indices].masked_fill(best.values == -torch.inf, -1)
+        since = asking[:, None].expand_as(slots)
+        if wide > 1:
+            slots = self.buffer.neighbourhood(layer.index, slots, self.before, self.after)
+            since = since[..., None].expand_as(slots)
+        slots, order = slots.flatten(1)[:, :budget].sort(dim=1, stable=True)  # a memory counts from the first token that found it
+        again = torch.zeros_like(slots, dtype=torch.bool)
+        again[:, 1:] = slots[:, 1:] == slots[:, :-1]
+        return slots.masked_fill(again, -1), since.flatten(1)[:, :budget].gather(1, order)
+
     def _alike(self, now: Tensor, states: Tensor, scale: Tensor) -> Tensor:
-        "The largest cosine of each memory to a state that enters now, [batch, memories]."
+        "The cosine of each memory to each state that enters now, [batch, tokens, memories]."
         states = states if states.is_floating_point() else states.float()
         unit = torch.nn.functional.normalize(now.to(states), dim=-1)
-        return (unit @ states.T).float().amax(1) * scale
+        return (unit @ states.T).float() * scale
 
-    def _search(self, layer: MemoryLayer, query: Tensor, positions: Tensor, keys: Tensor) -> Tensor:
-        "The largest attention logit of each memory over heads and tokens, at the clamped distance, [batch, memories]."
+    def _answers(self, layer: MemoryLayer, query: Tensor, positions: Tensor, keys: Tensor) -> Tensor:
+        "The largest attention logit of each memory over the heads of each token, at the clamped distance, [batch, tokens, memories]."
         raw = layer.rotate(query, positions, back=True)
         asked = layer.rotate(raw, torch.full_like(positions, self.distance)).to(keys.device, keys.dtype)
-        grouped = asked.unflatten(1, (layer.block.groups, -1)).flatten(2, 3)  # [batch, groups, heads of the group x tokens, head_dim]
-        return torch.einsum("bgqd,ngd->bgqn", grouped, keys).amax(dim=(1, 2))
-
-    def _find(self, layer: MemoryLayer, rows: Rows, query: Tensor, positions: Tensor, some: Tensor) -> Tensor:
-        "The rows to recall with their neighbours, [batch, memories]; -1 for none."
-        if self.choose is not None:
-            found = [self.choose(layer.index, row)[: self.budget] for row in range(len(query))]
-            slots = torch.nn.utils.rnn.pad_sequence(found, batch_first=True, padding_value=-1)
-        else:
-            now = self.states.get(layer.index) if self.find == "states" else None
-            if now is not None:
-                best = self._alike(now, rows.column("states"), rows.column("scale"))
-            else:
-                best = self._search(layer, query, positions, rows.column("field.key"))
-            slots = rows.slots()[best.masked_fill(~some, -torch.inf).topk(self.budget or 1, dim=-1).indices]
-        return self._with_neighbours(layer.index, slots) if (self.before or self.after) and slots.shape[1] else slots
+        return torch.einsum("bghtd,ngd->btghn", asked.unflatten(1, (layer.block.groups, -1)), keys).amax(dim=(2, 3))
 
     def _same(self, rows: Rows) -> Tensor:
         "The rows of the tokens that the lowest layer found, [batch, memories]; -1 for what this layer does not hold."
         keys, order = rows.order()
-        at = torch.searchsorted(keys, self._leader[1]).clamp_max(len(keys) - 1)
-        return torch.where(keys[at] == self._leader[1], order[at], -1)
-
-    def _with_neighbours(self, layer: int, slots: Tensor) -> Tensor:
-        "The chosen and their neighbours, each once; -1 fills the rest."
-        around = self.buffer.neighbourhood(layer, slots, self.before, self.after).flatten(1).sort(dim=1).values
-        again = torch.zeros_like(around, dtype=torch.bool)
-        again[:, 1:] = around[:, 1:] == around[:, :-1]
-        return around.masked_fill(again, -1)
+        at = torch.searchsorted(keys, self._leader.places).clamp_max(len(keys) - 1)
+        return torch.where(keys[at] == self._leader.places, order[at], -1)
