@@ -506,3 +506,18 @@ def test_texts_and_places_that_cannot_be_ordered_are_refused(change, message):
     with pytest.raises(ValueError, match=message):
         buffer.store_states(**{"hidden_states": torch.ones(1, 4), "layer_idx": 0, "position_idx": torch.tensor([0]), "relevance_score": torch.ones(1), **change})
     assert len(buffer) == 0 and not buffer.layers
+
+
+def test_only_memories_that_are_alike_merge_and_the_budget_is_met_exactly():
+    angle = torch.linspace(0, 3.1, 60)
+    circle = torch.stack([angle.cos(), angle.sin()], 1)  # neighbours are alike, the ends are opposite
+    buffer = LayeredMemoryBuffer(60, 60)
+    buffer.store_states(circle, 0, torch.arange(60), torch.linspace(1, 0, 60))
+    report = buffer.consolidate(1)
+    assert report["after"] == 1 and report["merged"] <= 52 and report["merged"] + report["dropped"] == 59
+    for layers in (1, 3):
+        buffer = LayeredMemoryBuffer(100, 300)
+        for layer in range(layers):
+            buffer.store_states(circle.repeat(2, 1)[:100], layer, torch.arange(100), torch.linspace(1, 0, 100))
+        report = buffer.consolidate(29 * layers)
+        assert report["after"] == 29 * layers and {buffer.count(layer) for layer in range(layers)} == {29}

@@ -173,7 +173,8 @@ def test_a_stream_has_constant_memory_and_a_refused_model():
         for seed in range(12):
             nll = stream.read(ids(1, 50, seed=seed)[0])
             assert bool(nll[1:].isfinite().all()) and len(nll) == 50
-            sizes.add((buffer.nbytes, cache.buffer.nbytes, stream._kv.layers[0].keys.shape[2]))
+            if seed:  # the index of places is as long as the memories were
+                sizes.add((buffer.nbytes, cache.buffer.nbytes, stream._kv.layers[0].keys.shape[2]))
         assert len(sizes) == 1 and stream.position == 600 and stream._offset >= 500
         assert int(buffer.gather(1, buffer.slots(1)).positions.max()) == 599
         with pytest.raises(ValueError, match="0..127"):
@@ -260,7 +261,7 @@ def test_layers_recall_the_tokens_that_the_lowest_one_found():
         llama(input_ids=text[:, :60])
     found = {}
     for share in (True, False):
-        recall = BufferRecall(buffer, budget=12, window=1, places="true", share=share)
+        recall = BufferRecall(buffer, budget=12, window=1, places="true", share=share, after=0)
         with Reweaver(llama, recall), StateCapture(llama, recall.states.__setitem__):
             for _ in range(2):  # every pass looks anew
                 llama(input_ids=text[:, 60:], position_ids=torch.arange(60, 80)[None])

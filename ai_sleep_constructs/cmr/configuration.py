@@ -16,7 +16,7 @@ from .recall import PLACES
 from .retention import POLICIES
 from .scoring import SCORING_METHODS
 
-# %% ../../nbs/cmr/configuration.ipynb #a4380a2e
+# %% ../../nbs/cmr/configuration.ipynb #d93d551b
 @dataclass(frozen=True)
 class MemoryConfig:
     "How much is remembered, of which layers, and how it comes back. ValueError names what is wrong."
@@ -27,11 +27,11 @@ class MemoryConfig:
     max_states_per_layer: int = 50  # of one text in one pass, the best
     eviction_strategy: str = "lru_relevance"  # one of `cmr.retention.POLICIES`
     retrieval_budget: int = 128  # memories that a layer attends to
-    neighbours: int = 0  # tokens after each that are recalled with it
+    neighbours: int = 1  # tokens after each that are recalled with it
     window: int | None = None  # memories of the same text that are further back may be recalled; None: none of them
     places: str = "auto"  # where memories are put: auto, true or clamped
     distance: int = 64  # the clamped distance in tokens
-    bias: float = 1.0  # added to the attention logits of memories
+    bias: float = 0.0  # added to the attention logits of memories
     logit_cache: int = 0  # states that vote on the next token at most; 0 for none
     seed: int = 0  # of everything that draws
 

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['MemoryEngine']
 
-# %% ../../nbs/cmr/engine.ipynb #f3a972b8
+# %% ../../nbs/cmr/engine.ipynb #a2f7f50f
+import inspect
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from .recall import BufferRecall
 from .reweaving import Reweaver
 from .scoring import SCORING_METHODS, RelevanceScorer
 
-# %% ../../nbs/cmr/engine.ipynb #7e6882f0
+# %% ../../nbs/cmr/engine.ipynb #1235e1e6
 class MemoryEngine:
     "Memories of a model: what it reads is captured, scored and kept, and comes back while it reads on."
 
@@ -96,12 +97,15 @@ class MemoryEngine:
 
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._forget_pass()
-        ids = args[0] if args else kwargs.get("input_ids")
+        given = dict(zip(inspect.signature(module.forward).parameters, args, strict=False)) | kwargs
+        ids = given.get("input_ids")
         if ids is None:
             raise ValueError("input_ids: memories need tokens; inputs_embeds alone is not enough")
-        past = kwargs.get("past_key_values")
+        if torch.is_grad_enabled() and module.training and getattr(module, "is_gradient_checkpointing", False):
+            raise ValueError("gradient checkpointing runs layers twice, and memories would be recalled twice; train without it, or detach the memories")
+        past = given.get("past_key_values")
         held = past.get_seq_length() if past is not None else 0
-        mask, positions = kwargs.get("attention_mask"), kwargs.get("position_ids")
+        mask, positions = given.get("attention_mask"), given.get("position_ids")
         real = mask[:, -ids.shape[1] :].bool() if mask is not None and mask.ndim == 2 else torch.ones_like(ids, dtype=torch.bool)
         if positions is None:
             positions = torch.arange(held, held + ids.shape[1], device=ids.device)[None]
@@ -111,7 +115,9 @@ class MemoryEngine:
             self.next_sequence += len(ids)
             self._seen, self._pending = torch.zeros(len(ids), dtype=torch.int64, device=ids.device), None
         self.recall.sequence = self.sequence if self.sequence is not None else 0
-        self._context, self.real = (ids, real, positions.expand(len(ids), -1)), real
+        positions = positions.expand(len(ids), -1)
+        self._context, self.real = (ids, real, positions), real
+        self.recall.real = real
         before = self._pending[2].flip(-1) if held and self._pending is not None else None
         self._contexts = contexts_of(ids.masked_fill(~real, -1), before)
 
@@ -166,7 +172,7 @@ class MemoryEngine:
                     )
                     self.stored += int((slots >= 0).sum())
         if self.cache is not None:
-            self._remember_followers(ids, new, positions, nll)
+            self._remember_followers(ids, real, new, positions, nll)
         self._pending, self._real = (self._final[:, -1].clone(), logits[:, -1].clone(), self._contexts[:, -1].clone()), real[:, -1]
         last = torch.where(real, positions, -1).amax(1)
         self._seen = torch.maximum(self._seen, last + 1)
@@ -174,19 +180,20 @@ class MemoryEngine:
     def _nll(self, ids: Tensor, logits: Tensor) -> Tensor:
         "How unexpected each token was to the model alone, in nats, [batch, tokens]; 0 for the first of a text."
         nll = nn.functional.cross_entropy(logits[:, :-1].float().flatten(0, 1), ids[:, 1:].flatten(), reduction="none").view(len(ids), -1)
+        assert self.real is not None
         first = torch.zeros(len(ids), 1, device=ids.device)
-        if self._pending is not None and len(self._pending[1]) == len(ids) and ids.shape[1] and bool((self._seen > 0).all()):
-            first = nn.functional.cross_entropy(self._pending[1].float(), ids[:, 0], reduction="none")[:, None]
-        return torch.cat([first, nll], dim=1)
+        if self._pending is not None and len(self._pending[1]) == len(ids) and ids.shape[1]:
+            first = nn.functional.cross_entropy(self._pending[1].float(), ids[:, 0], reduction="none")[:, None] * self._real[:, None]
+        return torch.cat([first, nll * self.real[:, :-1]], dim=1)
 
-    def _remember_followers(self, ids: Tensor, new: Tensor, positions: Tensor, nll: Tensor) -> None:
+    def _remember_followers(self, ids: Tensor, real: Tensor, new: Tensor, positions: Tensor, nll: Tensor) -> None:
         "A state is a memory of the logit cache once the token after it is known; how relevant it is, says how surprising that was."
         assert self.cache is not None and self._final is not None and self._contexts is not None and self.sequence is not None
         relevance = 1 - (-nll).exp()
         for row, sequence in enumerate(self.sequence.tolist()):
             follower = new[row].nonzero()[:, 0]
             inside = follower[follower > 0]
-            inside = inside[positions[row, inside] > positions[row, inside - 1]]
+            inside = inside[real[row, inside - 1] & (positions[row, inside] > positions[row, inside - 1])]
             if len(inside):
                 self.cache.remember(
                     self._final[row, inside - 1], ids[row, inside], positions[row, inside - 1], relevance[row, inside], sequence,

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..reference.architecture import AttentionBlock, attention_blocks
 
-# %% ../../nbs/cmr/layers.ipynb #a48fcb61
+# %% ../../nbs/cmr/layers.ipynb #cfccfdb3
 @dataclass(frozen=True)
 class MemoryLayer:
     "One layer of a model, as a place that memories are taken from and woven into."
@@ -60,6 +60,9 @@ class MemoryLayer:
         if self.rotary is None:
             return vectors
         cos, sin = self.rotary(vectors, positions)
+        if back:  # some rotary embeddings (yarn) scale as well, which is taken back here
+            scaled = getattr(self.rotary, "attention_scaling", 1.0) ** 2
+            cos, sin = cos / scaled, sin / scaled
         apply = sys.modules[type(self.attention).__module__].apply_rotary_pos_emb
         return apply(vectors, vectors, cos, -sin if back else sin)[0]
 

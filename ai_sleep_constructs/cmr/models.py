@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['CMRTransformer', 'IntegratedCMRModel', 'MistralCMRModel']
 
-# %% ../../nbs/cmr/models.ipynb #f3e4f4d0
+# %% ../../nbs/cmr/models.ipynb #2461ec77
 import dataclasses
 import json
 import time
+import warnings
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -27,7 +28,7 @@ from .logit_cache import LogitCache
 from ..reference.files import replacing_folder
 from ..reference.loading import load_model, no_progress_bars
 
-# %% ../../nbs/cmr/models.ipynb #78d50f01
+# %% ../../nbs/cmr/models.ipynb #6fead557
 class CMRTransformer(nn.Module):
     """
     A pretrained causal language model that remembers what it reads once `register_memory_hooks` was called.
@@ -131,8 +132,14 @@ class CMRTransformer(nn.Module):
         **options: Any,  # arguments of the model's own `generate`
     ) -> Any:
         "What the model's own `generate` gives, with memories where the hooks are. Beams would mix texts, so num_beams must be 1."
-        if (options.get("num_beams") or 1) != 1 or (options.get("num_return_sequences") or 1) != 1:
-            raise ValueError("num_beams and num_return_sequences must be 1: a text is one row of the batch")
+        config = options.get("generation_config") or self.model.generation_config
+        for name in ("num_beams", "num_return_sequences"):
+            value = options[name] if options.get(name) is not None else getattr(config, name, None)
+            if (value or 1) != 1:
+                raise ValueError(f"{name} must be 1, got {value}: a text is one row of the batch")
+        for name in ("prompt_lookup_num_tokens", "assistant_model"):
+            if options.get(name) is not None or getattr(config, name, None) is not None:
+                raise ValueError(f"{name} must be None: tokens that are taken back would be remembered")
         self.engine.sequence, self.engine.generating = None, True
         try:
             return self.model.generate(input_ids=input_ids, **options)
@@ -149,6 +156,10 @@ class CMRTransformer(nn.Module):
 
         Returns the table of `calibration.choose_layers`, or None when the target layers were given. Memories so far are forgotten.
         """
+        if isinstance(documents, str) or not len(documents):
+            raise ValueError(f"documents must be several texts, got {'one string' if isinstance(documents, str) else 'none'}")
+        if self.tokenizer is None and any(isinstance(d, str) for d in documents):
+            raise ValueError("documents: texts need a tokenizer; give tokenizer= when the model is made, or tensors of tokens")
         encoded = [d if isinstance(d, Tensor) else torch.tensor(self.tokenizer(d)["input_ids"]) for d in documents]
         hooked, old, tried = self.memory_enabled, self.engine, None
         self.remove_memory_hooks()
@@ -157,7 +168,10 @@ class CMRTransformer(nn.Module):
             if config.target_layers == "auto":
                 chosen, bias, tried = choose_layers(
                     self.model, encoded, window=window, budget=config.retrieval_budget, places=config.places, distance=config.distance,
+                    after=config.neighbours,
                 )
+                if not chosen:
+                    warnings.warn("no layer gains from memories on these documents; the last one is used", stacklevel=2)
                 config = dataclasses.replace(config, target_layers=chosen or "auto", bias=bias)
             made = MemoryEngine(self.model, config)
             if made.cache is not None:

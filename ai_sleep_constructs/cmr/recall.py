@@ -17,7 +17,7 @@ from .reweaving import Recalled
 from .rows import Rows, place
 from .tensor_buffer import TensorBuffer
 
-# %% ../../nbs/cmr/recall.ipynb #8a61929c
+# %% ../../nbs/cmr/recall.ipynb #c72195ce
 PLACES = ("auto", "true", "clamped")
 FINDS = ("states", "queries")
 
@@ -49,7 +49,7 @@ class BufferRecall:
         bias: float = 0.0,  # added to the attention logits of memories
         find: str = "states",  # by the states that enter the layer, where there are any, or by its queries
         before: int = 0,  # neighbours that come with each memory
-        after: int = 0,  # and after it
+        after: int = 1,  # and after it: what followed a state like this one is worth more than that state
         share: bool = True,  # whether all layers recall the tokens that the lowest one found, or each its own
     ):
         if places not in PLACES:
@@ -69,6 +69,7 @@ class BufferRecall:
         self.choose: Callable[[int, int], Tensor] | None = None  # (layer, row) -> rows of the buffer, in place of the layer's queries
         self.sequence: int | Tensor = 0  # the text of each row, an int or int64 of shape [batch]
         self.offset = 0
+        self.real: Tensor | None = None  # which tokens are no padding, bool of shape [batch, tokens]; None: all
         self.recalled: dict[int, Tensor] = {}  # by layer, the rows of the buffer that were recalled last, [batch, memories]
 
     @torch.no_grad()
@@ -120,7 +121,8 @@ class BufferRecall:
         "Where memories are put, int64 of shape [batch, memories]."
         if self.places == "true":
             return position
-        clamped = (true[:, :1] - self.distance).expand_as(position)
+        begins = true[:, :1] if self.real is None else true.gather(1, self.real.to(true.device).long().argmax(1, keepdim=True))
+        clamped = (begins - self.distance).expand_as(position)
         if self.places == "clamped":
             return clamped
         near = (sequence == text[:, None]) & (true[:, -1:] - position < self.reach)
@@ -135,25 +137,41 @@ class BufferRecall:
             found = [self.choose(layer.index, row)[: self.budget] for row in range(batch)]
             slots = torch.nn.utils.rnn.pad_sequence(found, batch_first=True, padding_value=-1)
             return slots, torch.full_like(slots, tokens - 1)  # chosen by the whole piece, so its last token is the first that may know
-        budget, wide = self.budget or 1, 1 + self.before + self.after
-        step = -(-tokens * wide // budget)  # so many tokens ask that all of what they find is within the budget
-        asking = torch.arange(step - 1, tokens, step, device=true.device)
         now = self.states.get(layer.index) if self.find == "states" else None
-        if now is not None:
-            found_by = self._alike(now[:, asking.to(now.device)], rows.column("states"), rows.column("scale"))
-        else:
-            found_by = self._answers(layer, query, positions, rows.column("field.key"))[:, asking]
-        seen = self._visible(rows.column("sequence"), rows.column("position"), text, true[:, asking])
-        best = found_by.to(seen.device).masked_fill(~seen, -torch.inf).topk(min(budget // (len(asking) * wide) or 1, rows.count), dim=-1)
+        columns = rows.column("sequence"), rows.column("position")
+        parts = []
+        for row in range(batch):
+            own, one = self._asking(row, true[row]), slice(row, row + 1)
+            if now is not None:
+                found_by = self._alike(now[one, own.to(now.device)], rows.column("states"), rows.column("scale"))
+            else:
+                found_by = self._answers(layer, query[one, :, own.to(query.device)], positions[one, own.to(positions.device)], rows.column("field.key"))
+            seen = self._visible(*columns, text[one], true[one, own])
+            parts.append(self._union(layer.index, rows, found_by.to(seen.device).masked_fill(~seen, -torch.inf)[0], own))
+        pad = torch.nn.utils.rnn.pad_sequence
+        return pad([slots for slots, _ in parts], batch_first=True, padding_value=-1), pad([since for _, since in parts], batch_first=True)
+
+    def _asking(self, row: int, true: Tensor) -> Tensor:
+        "The tokens of a row that ask, so many that all of what they find is within the budget, int64."
+        own = torch.arange(len(true), device=true.device) if self.real is None else self.real[row].nonzero()[:, 0].to(true.device)
+        step = max(1, -(-len(own) * (1 + self.before + self.after) // (self.budget or 1)))
+        return own[step - 1 :: step]
+
+    def _union(self, layer: int, rows: Rows, found_by: Tensor, asking: Tensor) -> tuple[Tensor, Tensor]:
+        "What the tokens [asking, memories] find with its neighbours, each once, and the first token that found it."
+        budget, wide = self.budget or 1, 1 + self.before + self.after
+        best = found_by.topk(min(budget // (max(1, len(asking)) * wide) or 1, rows.count), dim=-1)
         slots = rows.slots()[best.indices].masked_fill(best.values == -torch.inf, -1)
         since = asking[:, None].expand_as(slots)
         if wide > 1:
-            slots = self.buffer.neighbourhood(layer.index, slots, self.before, self.after)
+            slots = self.buffer.neighbourhood(layer, slots, self.before, self.after)
             since = since[..., None].expand_as(slots)
-        slots, order = slots.flatten(1)[:, :budget].sort(dim=1, stable=True)  # a memory counts from the first token that found it
-        again = torch.zeros_like(slots, dtype=torch.bool)
-        again[:, 1:] = slots[:, 1:] == slots[:, :-1]
-        return slots.masked_fill(again, -1), since.flatten(1)[:, :budget].gather(1, order)
+        slots, order = slots.flatten()[:budget].sort(stable=True)
+        since = since.flatten()[:budget][order]
+        fresh = torch.ones_like(slots, dtype=torch.bool)
+        fresh[1:] = slots[1:] != slots[:-1]
+        fresh &= slots >= 0
+        return slots[fresh], since[fresh]
 
     def _alike(self, now: Tensor, states: Tensor, scale: Tensor) -> Tensor:
         "The cosine of each memory to each state that enters now, [batch, tokens, memories]."

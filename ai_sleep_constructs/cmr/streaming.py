@@ -20,7 +20,7 @@ from .recall import BufferRecall
 from .reweaving import Reweaver
 from .scoring import RelevanceScorer
 
-# %% ../../nbs/cmr/streaming.ipynb #ad1ff2da
+# %% ../../nbs/cmr/streaming.ipynb #14617635
 def band(
     held: int,  # tokens in the cache
     new: int,  # tokens that are read now
@@ -74,13 +74,16 @@ class MemoryStream:
         self._head: Any = model.get_output_embeddings()  # type: ignore[operator]
         self._states: dict[int, Tensor] = {}
         self._final: Tensor | None = None
-        self._handles: list[Any] = [self._head.register_forward_pre_hook(self._take_final)]
+        self._handles: list[Any] = []
         self.weaver: Reweaver | None = None  # the layers that attend to memories
+        chosen = list(layers)
+        if (recall is None) == bool(chosen):
+            raise ValueError("recall and layers go together: memories for the attention, and the layers that attend to them")
         if recall is not None:
-            chosen = list(layers)
             recall.window, recall.sequence, recall.states = window, sequence, self._states
             self.weaver = Reweaver(model, recall, chosen)
             self._handles += [StateCapture(model, self._states.__setitem__, chosen), self.weaver]
+        self._handles.append(self._head.register_forward_pre_hook(self._take_final))
         self.start(sequence)
 
     def start(
@@ -109,6 +112,8 @@ class MemoryStream:
 
         The first token of a text has nothing before it and gets NaN. ValueError for ids that the model does not know.
         """
+        if not self._handles:
+            raise ValueError("the stream is closed")
         ids = torch.as_tensor(input_ids)
         known = self.model.get_input_embeddings().num_embeddings  # type: ignore[operator]
         if ids.ndim != 1 or ids.is_floating_point() or (len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < known):
