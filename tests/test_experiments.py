@@ -118,7 +118,7 @@ BRIEF: dict[str, dict[str, object]] = {
     },
     "cmr_recall": {
         "arms": "none,both,random", "files": 1, "most_tokens": 1000, "calibration_files": 1, "calibration_tokens": 800, "memories": 300,
-        "lengths": "400,800", "fall_to": 800, "planted_arms": "none,ngram", "planted_lengths": "300", "facts": 3, "seeds": 1,
+        "lengths": "400,800", "fall_to": 800, "planted_arms": "none,both", "planted_lengths": "200,600", "facts": 2, "seeds": 2,
         "count_every": 400,
     },
     "consolidation_memories": {"facts": 24, "seeds": 1, "sizes": "1.0,0.5"},
