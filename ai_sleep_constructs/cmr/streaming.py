@@ -20,7 +20,7 @@ from .recall import BufferRecall
 from .reweaving import Reweaver
 from .scoring import RelevanceScorer
 
-# %% ../../nbs/cmr/streaming.ipynb #14617635
+# %% ../../nbs/cmr/streaming.ipynb #4bc4db46
 def band(
     held: int,  # tokens in the cache
     new: int,  # tokens that are read now
@@ -77,9 +77,9 @@ class MemoryStream:
         self._handles: list[Any] = []
         self.weaver: Reweaver | None = None  # the layers that attend to memories
         chosen = list(layers)
-        if (recall is None) == bool(chosen):
-            raise ValueError("recall and layers go together: memories for the attention, and the layers that attend to them")
         if recall is not None:
+            if not chosen:
+                raise ValueError("layers must name the layers that attend to the memories of recall, got none")
             recall.window, recall.sequence, recall.states = window, sequence, self._states
             self.weaver = Reweaver(model, recall, chosen)
             self._handles += [StateCapture(model, self._states.__setitem__, chosen), self.weaver]
