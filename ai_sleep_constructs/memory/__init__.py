@@ -1,0 +1,1 @@
+"""Text that is remembered, and the evidence in it found again."""
