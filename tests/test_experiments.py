@@ -114,7 +114,7 @@ BRIEF: dict[str, dict[str, object]] = {
     "cmr_cost": {"memories": 300, "tokens": 128, "wide_hidden": 0, "rounds": 1, "searched": "300", "stream_tokens": 1000},
     "cmr_retrieval_ablation": {
         "arms": "none,cache,both,random,projection", "files": 1, "most_tokens": 600, "calibration_files": 1, "calibration_tokens": 800,
-        "evictions": "fifo", "budgets": "", "memories": 300, "least_tokens": 4000,
+        "evictions": "fifo", "budgets": "", "memories": 300, "least_tokens": 4000, "strategies": "hierarchical,random", "layer_sets": "5",
     },
     "cmr_recall": {
         "arms": "none,both,random", "files": 1, "most_tokens": 1000, "calibration_files": 1, "calibration_tokens": 800, "memories": 300,
@@ -157,3 +157,17 @@ def test_each_experiment_leaves_a_whole_folder(brief: tuple[str, Path]) -> None:
 
 def test_no_experiment_is_forgotten_here() -> None:
     assert set(BRIEF) | {"sleep_schedule"} == set(experiment_paths())
+
+
+def test_the_ablation_reports_every_dimension_in_one_table(brief: tuple[str, Path]) -> None:
+    name, folder = brief
+    if name != "cmr_retrieval_ablation":
+        pytest.skip("of another experiment")
+    table = pd.read_parquet(folder / "tables" / "arms.parquet").set_index("arm")
+    assert {"way_in", "strategy", "scorer", "eviction", "layers", "budget", "bits_per_byte", "change", "error", "tokens_per_second", "megabytes"} <= set(table)
+    assert {"attention by hierarchical", "attention by random", "layers 5 attention", "layers 5 random", "fifo 256 kept"} <= set(table.index)
+    assert table.loc["layers 5 random", "layers"] == "5" and table.loc["attention by random", "layers"] == "3,4,5"
+    readings = pd.read_parquet(folder / "tables" / "readings.parquet")
+    bits = readings.groupby("arm")["bits"].sum()  # the change is that over all bytes, as the bits per byte are
+    assert all(abs(table.loc[arm, "change"] - (bits[arm] / bits["none"] - 1)) < 1e-9 for arm in table.index)
+    assert any(column.startswith("recall_") for column in table)
