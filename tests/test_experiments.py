@@ -8,6 +8,9 @@ from pathlib import Path
 import nbformat
 import pandas as pd
 import pytest
+import torch
+from ai_sleep_constructs.cmr.logit_cache import LogitCache, contexts_of
+from ai_sleep_constructs.cmr.tensor_buffer import TensorBuffer
 from ai_sleep_constructs.workbench.experiments import experiment_paths, find_experiment
 from ai_sleep_constructs.workbench.runs import find_finished
 
@@ -114,7 +117,7 @@ BRIEF: dict[str, dict[str, object]] = {
     "cmr_cost": {"memories": 300, "tokens": 128, "wide_hidden": 0, "rounds": 1, "searched": "300", "stream_tokens": 1000},
     "cmr_retrieval_ablation": {
         "arms": "none,cache,both,random,projection", "files": 1, "most_tokens": 600, "calibration_files": 1, "calibration_tokens": 800,
-        "evictions": "fifo", "budgets": "", "memories": 300, "least_tokens": 4000,
+        "evictions": "fifo", "budgets": "", "memories": 300, "least_tokens": 4000, "strategies": "hierarchical,random", "layer_sets": "5",
     },
     "cmr_recall": {
         "arms": "none,both,random", "files": 1, "most_tokens": 1000, "calibration_files": 1, "calibration_tokens": 800, "memories": 300,
@@ -157,3 +160,34 @@ def test_each_experiment_leaves_a_whole_folder(brief: tuple[str, Path]) -> None:
 
 def test_no_experiment_is_forgotten_here() -> None:
     assert set(BRIEF) | {"sleep_schedule"} == set(experiment_paths())
+
+
+def test_the_ablation_reports_every_dimension_in_one_table(brief: tuple[str, Path]) -> None:
+    name, folder = brief
+    if name != "cmr_retrieval_ablation":
+        pytest.skip("of another experiment")
+    table = pd.read_parquet(folder / "tables" / "arms.parquet").set_index("arm")
+    assert {"way_in", "strategy", "scorer", "eviction", "layers", "budget", "bits_per_byte", "change", "error", "tokens_per_second", "megabytes"} <= set(table)
+    assert {"attention by hierarchical", "attention by random", "layers 5 attention", "layers 5 random", "fifo 256 kept"} <= set(table.index)
+    assert table.loc["layers 5 random", "layers"] == "5" and table.loc["attention by random", "layers"] == "3,4,5"
+    readings = pd.read_parquet(folder / "tables" / "readings.parquet")
+    bits = readings.groupby("arm")["bits"].sum()  # the change is that over all bytes, as the bits per byte are
+    assert all(abs(table.loc[arm, "change"] - (bits[arm] / bits["none"] - 1)) < 1e-9 for arm in table.index)
+    assert any(column.startswith("recall_") for column in table)
+
+
+def test_random_memories_of_the_recall_experiment_differ_only_in_which_are_recalled() -> None:
+    notebook = nbformat.read(find_experiment("cmr_recall").path, 4)
+    source = next(cell.source for cell in notebook.cells if "class RandomCache" in cell.source).split("class NGrams")[0]
+    made: dict[str, object] = {"LogitCache": LogitCache, "TensorBuffer": TensorBuffer, "torch": torch, "seed": 0}
+    exec(source, made)
+    draw = torch.Generator().manual_seed(0)
+    ids, states, logits = torch.randint(50, (40,), generator=draw), torch.randn(40, 16, generator=draw), torch.randn(40, 50, generator=draw)
+    caches, contexts = (LogitCache(16, 100, neighbours=4), made["RandomCache"](16, 100, neighbours=4)), contexts_of(ids)  # type: ignore[operator]
+    first, other = (cache.mix(logits, states, ids, contexts) for cache in caches)
+    assert torch.equal(first, other) and not torch.equal(first, logits)  # without memories the piece votes alike
+    for cache in caches:
+        cache.remember(states[:-1], ids[1:], torch.arange(39), contexts=contexts[:-1])
+    best, drawn = (cache.votes(states[:5]) for cache in caches)
+    assert best.similarity.shape == drawn.similarity.shape == (5, 4)
+    assert float(best.similarity[:, 0].min()) > 0.999 > 0.7 > float(drawn.similarity.mean())
