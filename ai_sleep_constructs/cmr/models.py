@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['CMRTransformer', 'IntegratedCMRModel', 'MistralCMRModel']
 
-# %% ../../nbs/cmr/models.ipynb #2461ec77
+# %% ../../nbs/cmr/models.ipynb #4869ce83
+import copy
 import dataclasses
 import json
 import time
@@ -28,7 +29,7 @@ from .logit_cache import LogitCache
 from ..reference.files import replacing_folder
 from ..reference.loading import load_model, no_progress_bars
 
-# %% ../../nbs/cmr/models.ipynb #6fead557
+# %% ../../nbs/cmr/models.ipynb #833662bb
 class CMRTransformer(nn.Module):
     """
     A pretrained causal language model that remembers what it reads once `register_memory_hooks` was called.
@@ -66,6 +67,20 @@ class CMRTransformer(nn.Module):
 
     def _check(self, model: Any) -> None:
         "Whether this class is for such a model."
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "CMRTransformer":
+        "With a model and memories of its own, and with hooks if this one has them."
+        hooked = self.memory_enabled
+        self.remove_memory_hooks()
+        try:
+            made = memo[id(self)] = type(self).__new__(type(self))
+            vars(made).update(copy.deepcopy(vars(self), memo))
+        finally:
+            if hooked:
+                self.register_memory_hooks()
+        if hooked:
+            made.register_memory_hooks()
+        return made
 
     @property
     def memory_config(self) -> MemoryConfig:
@@ -131,7 +146,11 @@ class CMRTransformer(nn.Module):
         input_ids: Tensor | None = None,  # int64 of shape [batch, tokens]
         **options: Any,  # arguments of the model's own `generate`
     ) -> Any:
-        "What the model's own `generate` gives, with memories where the hooks are. Beams would mix texts, so num_beams must be 1."
+        """
+        What the model's own `generate` gives, with memories where the hooks are.
+
+        A cache that is given as past_key_values= goes on with the text that it was read with. Beams would mix texts, so num_beams must be 1.
+        """
         config = options.get("generation_config") or self.model.generation_config
         for name in ("num_beams", "num_return_sequences"):
             value = options[name] if options.get(name) is not None else getattr(config, name, None)
@@ -140,11 +159,8 @@ class CMRTransformer(nn.Module):
         for name in ("prompt_lookup_num_tokens", "assistant_model"):
             if options.get(name) is not None or getattr(config, name, None) is not None:
                 raise ValueError(f"{name} must be None: tokens that are taken back would be remembered")
-        self.engine.sequence, self.engine.generating = None, True
-        try:
+        with self.engine.texts.one_text():
             return self.model.generate(input_ids=input_ids, **options)
-        finally:
-            self.engine.generating = False
 
     def calibrate(
         self,
@@ -227,7 +243,7 @@ class CMRTransformer(nn.Module):
             raise ValueError(f"folder: {folder} holds a {record['kind']}, not a {cls.__name__}")
         made = cls(None, record["memory_config"], str(folder), **loading)
         made.engine.buffer.load_state(Path(folder) / "memories.safetensors")
-        made.engine.next_sequence = record["next_sequence"]
+        made.engine.texts.next_sequence = record["next_sequence"]
         cache = made.engine.cache
         if cache is not None:
             cache.whitening.load_state_dict({k: torch.tensor(v) for k, v in record["whitening"].items()})
