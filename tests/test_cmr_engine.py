@@ -7,10 +7,13 @@ import pytest
 import torch
 from transformers import DynamicCache, StaticCache
 
-from ai_sleep_constructs.cmr import CMRTransformer, IntegratedCMRModel
+from ai_sleep_constructs.cmr import CMRTransformer, IntegratedCMRModel, RelevanceScorer
+from ai_sleep_constructs.cmr.capture import StateCapture
 from ai_sleep_constructs.cmr.configuration import MemoryConfig
 from ai_sleep_constructs.cmr.engine import MemoryEngine
-from families import FAMILIES, families
+from ai_sleep_constructs.cmr.reweaving import Reweaver
+from ai_sleep_constructs.cmr.scoring import SCORING_METHODS
+from families import FAMILIES
 
 ALL = {"target_layers": [1, 2], "relevance_threshold": 0.0, "scoring_method": "surprise", "max_states_per_layer": 500, "buffer_size": 5000}
 
@@ -191,3 +194,62 @@ def test_a_copy_of_the_bare_model_inside_is_bare(bare):
     twin = copy.deepcopy(model.model)
     assert torch.equal(twin(input_ids=text).logits, alone) and model.memory_buffer.version == before
     assert twin.state_dict().keys() == bare.state_dict().keys()
+
+
+# Scores
+
+
+class Seen:
+    """What entered the attention of each layer: the states, the rotated queries, and the keys of the model's own cache."""
+
+    def __init__(self, model, text, mask=None):
+        self.queries, self.states, cache = {}, {}, DynamicCache()
+
+        def recall(layer, query, positions):
+            self.queries[layer.index] = query
+
+        with Reweaver(model, recall), StateCapture(model, self.states.__setitem__):
+            self.logits = model(input_ids=text, attention_mask=mask, past_key_values=cache).logits
+        self.keys = [layer.keys for layer in cache.layers]
+        nll = torch.nn.functional.cross_entropy(self.logits[:, :-1].flatten(0, 1), text[:, 1:].flatten(), reduction="none")
+        self.nll = torch.nn.functional.pad(nll.view(len(text), -1), (1, 0))
+
+
+@pytest.mark.parametrize("method", ["attention_based", "hybrid", "novelty", "surprise", "variance_based", "surprise_recency"])
+@torch.no_grad()
+def test_stored_scores_are_those_of_the_scorer_with_all_its_signals(bare, method):
+    texts = [ids(2, 40, seed=seed) for seed in (1, 2)]
+    seen = [Seen(bare, text) for text in texts]
+    scorer, memories, expected = RelevanceScorer(48, method), {}, []
+    for one in seen:
+        for layer in (1, 2):
+            held = torch.cat(memories.get(layer, [one.states[layer][0, :0]]))
+            signals = {"queries": one.queries[layer], "keys": one.keys[layer], "nll": one.nll, "memories": held}
+            known = SCORING_METHODS[method]
+            expected.append(scorer(one.states[layer], layer_idx=layer, **{name: signals[name] for name in (*known.requires, *known.uses)}))
+            memories.setdefault(layer, []).append(one.states[layer].flatten(0, 1))
+    model = IntegratedCMRModel(None, {**ALL, "scoring_method": method, "retrieval_budget": 1, "bias": -99.0}, model=bare)  # memories are not felt
+    for text in texts:
+        model(text)
+    found = {(e.sequence_id, e.layer_idx, e.position_idx): e.relevance_score for e in model.memory_buffer.get_all_entries()}
+    assert len(found) == 2 * 2 * 2 * 40
+    for number, scores in enumerate(expected):
+        text, layer = number // 2, 1 + number % 2
+        mine = torch.tensor([[found[2 * text + row, layer, place] for place in range(40)] for row in range(2)])
+        assert torch.allclose(mine, scores, atol=1e-3), (method, text, layer)
+
+
+@pytest.mark.parametrize("method", ["attention_based", "hybrid", "surprise"])
+@torch.no_grad()
+def test_what_is_written_is_remembered_at_the_rate_of_the_threshold(llama, method):
+    found = []
+    for use_cache in (True, False):
+        torch.manual_seed(0)
+        memory = {**ALL, "target_layers": [1], "scoring_method": method, "relevance_threshold": 0.7, "places": "clamped"}
+        model = IntegratedCMRModel(None, memory, model=llama)
+        for seed in range(3):
+            model.generate(ids(1, 10, seed=seed), max_new_tokens=60, min_new_tokens=60, do_sample=True, use_cache=use_cache)
+        found.append([(e.sequence_id, e.position_idx) for e in model.memory_buffer.get_all_entries() if e.position_idx >= 10])
+        model.remove_memory_hooks()
+    assert 0.2 < len(found[0]) / (3 * 59) < 0.4
+    assert 0.2 < len(found[1]) / (3 * 59) < 0.4

@@ -26,7 +26,7 @@ from .reweaving import Recalled, Reweaver
 from .scoring import SCORING_METHODS, RelevanceScorer
 from .texts import LastToken, Text, Texts, cache_of
 
-# %% ../../nbs/cmr/engine.ipynb #c15babe7
+# %% ../../nbs/cmr/engine.ipynb #de48da84
 @dataclass
 class _Pass:
     "What is known of the pass under way."
@@ -73,11 +73,25 @@ def _no_padding(mask: Any, ids: Tensor, held: int) -> Tensor:
 
 
 class _PassRecall(BufferRecall):
-    "Recalls in passes of the whole model only."
+    "Recalls in passes of the whole model only, and notes what its layers ask."
     passing = False
 
+    def __init__(self, *args: Any, **options: Any):
+        super().__init__(*args, **options)
+        self.queries: dict[int, Tensor] = {}  # by layer, at their positions, [batch, heads, tokens, head_dim]
+
     def __call__(self, layer: MemoryLayer, query: Tensor, positions: Tensor) -> Recalled | None:
-        return super().__call__(layer, query, positions) if self.passing else None
+        if not self.passing:
+            return None
+        self.queries[layer.index] = query.detach()
+        return super().__call__(layer, query, positions)
+
+
+_SIGNALS = ("queries", "keys", "nll", "memories")  # what an engine knows of a pass
+
+def _signals(method: str) -> tuple[str, ...]:
+    "Those that a scoring method takes."
+    return (*SCORING_METHODS[method].requires, *SCORING_METHODS[method].uses)
 
 
 class MemoryEngine:
@@ -88,8 +102,10 @@ class MemoryEngine:
         model: nn.Module,  # a causal language model of `transformers`
         config: MemoryConfig,  # how much of what
     ):
-        if "gradients" in SCORING_METHODS[config.scoring_method].requires:
-            raise ValueError(f"scoring_method: {config.scoring_method} needs a backward pass; a model that reads has none, so use another")
+        for signal in SCORING_METHODS[config.scoring_method].requires:
+            if signal not in _SIGNALS:
+                why = "a backward pass" if signal == "gradients" else f"the signal {signal}"
+                raise ValueError(f"scoring_method: {config.scoring_method} needs {why}; a model that reads has none, so use another")
         self.model, self.config = model, config
         self.layers = memory_layers(model, [-1] if isinstance(config.target_layers, str) else list(config.target_layers))
         device, self.head = next(model.parameters()).device, model.get_output_embeddings()  # type: ignore[operator]
@@ -103,7 +119,8 @@ class MemoryEngine:
             reach=getattr(own, "max_position_embeddings", 1024), distance=config.distance, bias=config.bias,
             share=False,  # each layer keeps what it scores high, not all the same tokens
         )
-        self.scorer = RelevanceScorer(width, config.scoring_method, seed=config.seed)
+        sliding = {getattr(layer.attention, "sliding_window", None) for layer in self.layers}
+        self.scorer = RelevanceScorer(width, config.scoring_method, seed=config.seed, window=sliding.pop() if len(sliding) == 1 else None)
         self.cache = LogitCache(width, config.logit_cache, device=device) if config.logit_cache else None
         self.captured = self.recall.states  # by layer, the states of the last pass, [batch, tokens, hidden]
         self.stored = 0  # memories that the last pass left
@@ -151,6 +168,7 @@ class MemoryEngine:
 
     def _close_pass(self) -> None:
         self._pass, self.recall.passing = None, False
+        self.recall.queries.clear()
 
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._close_pass()
@@ -203,42 +221,72 @@ class MemoryEngine:
     @torch.no_grad()
     def _end(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         now = self._pass
-        self._close_pass()  # nothing of the size of the logits outlives the pass
-        if now is None or now.final is None or output is None:  # the pass failed
-            return
+        try:
+            if now is not None and now.final is not None and output is not None:  # else the pass failed
+                self._remember(now, now.final)
+                self.texts.note(now.text, now.past if now.past is not None else cache_of(output))
+        finally:
+            self._close_pass()  # nothing of the size of the logits outlives the pass
+
+    def _remember(self, now: _Pass, final: Tensor) -> None:
         text = now.text
         new = now.real & (now.positions >= text.seen[:, None])
-        asked = "nll" in SCORING_METHODS[self.config.scoring_method].requires
-        logits, nll = now.final[..., :0], torch.zeros(now.ids.shape, device=now.ids.device)
-        if asked or self.cache is not None:
-            logits = now.logits if now.logits is not None else nn.functional.linear(now.final, self.head.weight, getattr(self.head, "bias", None))
-            nll = self._nll(now, logits)
-        self._remember_states(now, new, nll)
-        if self.cache is not None:
-            self._remember_followers(self.cache, now, now.final, new, nll)
-        text.last = LastToken(now.final[:, -1].clone(), logits[:, -1].clone(), now.contexts[:, -1].clone(), now.real[:, -1])
-        text.seen = torch.maximum(text.seen, torch.where(now.real, now.positions, -1).amax(1) + 1)
-        self.texts.note(text, now.past if now.past is not None else cache_of(output))
-
-    def _remember_states(self, now: _Pass, new: Tensor, nll: Tensor) -> None:
-        "Keep what each layer scores high enough."
+        asked = self.cache is not None or bool({"nll", "queries"} & set(_signals(self.scorer.scoring_method)))
+        logits = now.logits
+        if logits is None:  # they are made for the last tokens only
+            logits = nn.functional.linear(final if asked else final[:, -1:], self.head.weight, getattr(self.head, "bias", None))
+        nll = self._nll(now, logits) if asked else torch.zeros(now.ids.shape, device=now.ids.device)
         self.stored = 0
-        signals: dict[str, Any] = {"nll": nll} if "nll" in SCORING_METHODS[self.config.scoring_method].requires else {}
-        for layer in self.layers:
-            states = self.captured[layer.index]
-            scores = self.scorer(states, now.real.long(), layer_idx=layer.index, **signals)
-            chosen = (scores >= self.config.relevance_threshold) & new
-            best = scores.masked_fill(~chosen, -1.0)
-            kept = best.topk(min(self.config.max_states_per_layer, best.shape[1]), dim=1).indices.sort(dim=1).values
-            for row, sequence in enumerate(now.text.sequences.tolist()):
-                places = kept[row][chosen[row, kept[row]]]
-                if len(places):
-                    memory = states[row, places]
-                    slots = self.buffer.store_states(
-                        memory.float(), layer.index, now.positions[row, places], scores[row, places], sequence,
-                        fields={"key": layer.keys_values(memory)[0].float()},
-                    )
-                    self.stored += int((slots >= 0).sum())
+        if bool(new.any()):
+            for layer in self.layers:
+                self._remember_states(layer, now, new, nll)
+        if self.cache is not None:
+            self._remember_followers(self.cache, now, final, new, nll)
+        text.last = LastToken(final[:, -1].clone(), logits[:, -1].clone(), now.contexts[:, -1].clone(), now.real[:, -1])
+        text.seen = torch.maximum(text.seen, torch.where(now.real, now.positions, -1).amax(1) + 1)
+
+    def _scores(self, layer: MemoryLayer, now: _Pass, states: Tensor, nll: Tensor) -> Tensor:
+        """
+        Of the last tokens of the pass, whose states are given, with all signals that the method takes.
+
+        How much attention a token gets is not known while it is alone, so a pass of one token is scored by its surprise instead.
+        """
+        method, tokens = self.scorer.scoring_method, states.shape[1]
+        used = "surprise" if tokens == 1 and "queries" in _signals(method) else method
+        given: dict[str, Tensor] = {}
+        for signal in _signals(used):
+            if signal == "nll":
+                given[signal] = nll[:, -tokens:]
+            elif signal == "queries":
+                given[signal] = self.recall.queries[layer.index][:, :, -tokens:]
+            elif signal == "keys":
+                given[signal] = layer.rotate(layer.keys_values(states)[0].transpose(1, 2), now.positions[:, -tokens:])
+            elif signal == "memories":
+                held = layer.index in self.buffer.layers
+                given[signal] = self.buffer.gather(layer.index, self.buffer.slots(layer.index)).states if held else states[0, :0]
+        self.scorer.update_scoring_method(used)
+        try:
+            return self.scorer(states, now.real[:, -tokens:].long(), layer_idx=layer.index, **given)
+        finally:
+            self.scorer.update_scoring_method(method)
+
+    def _remember_states(self, layer: MemoryLayer, now: _Pass, new: Tensor, nll: Tensor) -> None:
+        "Keep what the layer scores high enough of what is new."
+        first = int(new.any(0).long().argmax())  # without a key/value cache, the tokens before it were scored by earlier passes
+        states, new, positions = self.captured[layer.index][:, first:], new[:, first:], now.positions[:, first:]
+        scores = self._scores(layer, now, states, nll)
+        chosen = (scores >= self.config.relevance_threshold) & new
+        best = scores.masked_fill(~chosen, -1.0)
+        kept = best.topk(min(self.config.max_states_per_layer, best.shape[1]), dim=1).indices.sort(dim=1).values
+        for row, sequence in enumerate(now.text.sequences.tolist()):
+            places = kept[row][chosen[row, kept[row]]]
+            if len(places):
+                memory = states[row, places]
+                slots = self.buffer.store_states(
+                    memory.float(), layer.index, positions[row, places], scores[row, places], sequence,
+                    fields={"key": layer.keys_values(memory)[0].float()},
+                )
+                self.stored += int((slots >= 0).sum())
 
     def _nll(self, now: _Pass, logits: Tensor) -> Tensor:
         "How unexpected each token was to the model alone, in nats, [batch, tokens]; 0 for the first of a text."
