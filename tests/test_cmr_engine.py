@@ -13,6 +13,7 @@ from ai_sleep_constructs.cmr.configuration import MemoryConfig
 from ai_sleep_constructs.cmr.engine import MemoryEngine
 from ai_sleep_constructs.cmr.reweaving import Reweaver
 from ai_sleep_constructs.cmr.scoring import SCORING_METHODS
+from ai_sleep_constructs.cmr.tensor_buffer import TensorBuffer
 from families import FAMILIES
 
 ALL = {"target_layers": [1, 2], "relevance_threshold": 0.0, "scoring_method": "surprise", "max_states_per_layer": 500, "buffer_size": 5000}
@@ -253,3 +254,31 @@ def test_what_is_written_is_remembered_at_the_rate_of_the_threshold(llama, metho
         model.remove_memory_hooks()
     assert 0.2 < len(found[0]) / (3 * 59) < 0.4
     assert 0.2 < len(found[1]) / (3 * 59) < 0.4
+
+
+# Budgets
+
+
+@pytest.mark.parametrize(("kept", "size"), [("float32", 4), ("float16", 2), ("int8", 1)])
+@torch.no_grad()
+def test_a_buffer_takes_the_bytes_of_its_budget(bare, kept, size):
+    model = IntegratedCMRModel(None, {**ALL, "buffer_size": 301, "state_dtype": kept, "places": "clamped", "logit_cache": 100}, model=bare)
+    alone = model(ids(1, 40)).logits
+    for seed in range(6):
+        model(ids(1, 60, seed=seed))
+    assert len(model.memory_buffer) == 301  # all of it is used
+    most = 302 * TensorBuffer.bytes_for(48, 1, 1, dtype=model.memory_buffer.dtype)
+    assert model.memory_buffer.nbytes <= most * 1.01 and most < 302 * (48 * size + 120)
+    again = model(ids(1, 40)).logits
+    assert bool(again.isfinite().all()) and not torch.allclose(again, alone, atol=1e-3)
+    assert model.engine.cache.buffer.dtype == model.memory_buffer.dtype == getattr(torch, kept)
+
+
+@torch.no_grad()
+def test_what_a_model_evicts_can_be_found_in_its_files(llama, tmp_path):
+    model = IntegratedCMRModel(None, {**ALL, "buffer_size": 40, "eviction_strategy": "lru", "spill": str(tmp_path / "cold")}, model=llama)
+    first = model(ids(1, 20)).captured_memory_states[2][0]
+    model(ids(1, 20, seed=2))
+    found, memories = model.memory_buffer.search_spilled(first, 2, 1)
+    assert model.memory_buffer.get_buffer_stats()["spilled_entries"] == 40 and memories.positions[:, 0].tolist() == list(range(20))
+    assert bool((found > 0.999).all())

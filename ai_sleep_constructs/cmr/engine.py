@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['has_memories', 'MemoryEngine']
 
-# %% ../../nbs/cmr/engine.ipynb #c97a96e8
+# %% ../../nbs/cmr/engine.ipynb #201307a9
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -19,14 +19,14 @@ from transformers.cache_utils import Cache
 from .buffer import LayeredMemoryBuffer
 from .capture import StateCapture
 from .configuration import MemoryConfig
-from .layers import MemoryLayer, key_fields, memory_layers
+from .layers import MemoryLayer, memory_layers
 from .logit_cache import LogitCache, contexts_of
 from .recall import BufferRecall
 from .reweaving import Recalled, Reweaver
 from .scoring import SCORING_METHODS, RelevanceScorer
 from .texts import LastToken, Text, Texts, cache_of
 
-# %% ../../nbs/cmr/engine.ipynb #de48da84
+# %% ../../nbs/cmr/engine.ipynb #51b671ce
 @dataclass
 class _Pass:
     "What is known of the pass under way."
@@ -111,7 +111,8 @@ class MemoryEngine:
         device, self.head = next(model.parameters()).device, model.get_output_embeddings()  # type: ignore[operator]
         width = self.head.weight.shape[1]
         self.buffer = LayeredMemoryBuffer(
-            config.buffer_size, config.buffer_size, config.eviction_strategy, device=device, fields=key_fields(self.layers[0]), seed=config.seed
+            -(-config.buffer_size // len(self.layers)), config.buffer_size, config.eviction_strategy, device=device, seed=config.seed,
+            dtype=getattr(torch, config.state_dtype), spill=config.spill,
         )
         own: Any = model.config
         self.recall = _PassRecall(
@@ -121,7 +122,8 @@ class MemoryEngine:
         )
         sliding = {getattr(layer.attention, "sliding_window", None) for layer in self.layers}
         self.scorer = RelevanceScorer(width, config.scoring_method, seed=config.seed, window=sliding.pop() if len(sliding) == 1 else None)
-        self.cache = LogitCache(width, config.logit_cache, device=device) if config.logit_cache else None
+        self.cache_options: dict[str, Any] = {"device": device, "dtype": getattr(torch, config.state_dtype)}
+        self.cache = LogitCache(width, config.logit_cache, **self.cache_options) if config.logit_cache else None
         self.captured = self.recall.states  # by layer, the states of the last pass, [batch, tokens, hidden]
         self.stored = 0  # memories that the last pass left
         self.sequence: Tensor | None = None  # the text of each row of the last pass, int64 of shape [batch]
@@ -281,11 +283,7 @@ class MemoryEngine:
         for row, sequence in enumerate(now.text.sequences.tolist()):
             places = kept[row][chosen[row, kept[row]]]
             if len(places):
-                memory = states[row, places]
-                slots = self.buffer.store_states(
-                    memory.float(), layer.index, positions[row, places], scores[row, places], sequence,
-                    fields={"key": layer.keys_values(memory)[0].float()},
-                )
+                slots = self.buffer.store_states(states[row, places].float(), layer.index, positions[row, places], scores[row, places], sequence)
                 self.stored += int((slots >= 0).sum())
 
     def _nll(self, now: _Pass, logits: Tensor) -> Tensor:

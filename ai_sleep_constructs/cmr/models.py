@@ -29,7 +29,7 @@ from .logit_cache import LogitCache
 from ..reference.files import replacing_folder
 from ..reference.loading import load_model, no_progress_bars
 
-# %% ../../nbs/cmr/models.ipynb #833662bb
+# %% ../../nbs/cmr/models.ipynb #f3476593
 class CMRTransformer(nn.Module):
     """
     A pretrained causal language model that remembers what it reads once `register_memory_hooks` was called.
@@ -193,7 +193,7 @@ class CMRTransformer(nn.Module):
             if made.cache is not None:
                 whitening = fit_whitening(self.model, encoded, window=window)
                 gate = fit_gate(self.model, encoded, whitening=whitening, memories=(config.logit_cache,), window=window)
-                made.cache = LogitCache(made.cache.size, config.logit_cache, gate=gate, whitening=whitening, device=made.cache.buffer.device)
+                made.cache = LogitCache(made.cache.size, config.logit_cache, gate=gate, whitening=whitening, **made.cache_options)
             self.engine = made
         finally:
             if hooked:

@@ -20,7 +20,7 @@ from .recall import BufferRecall
 from .reweaving import Reweaver
 from .scoring import RelevanceScorer
 
-# %% ../../nbs/cmr/streaming.ipynb #4bc4db46
+# %% ../../nbs/cmr/streaming.ipynb #8c57f2e6
 def band(
     held: int,  # tokens in the cache
     new: int,  # tokens that are read now
@@ -37,8 +37,8 @@ class MemoryStream:
     """
     A text of any length, read with a window and with memories. A context manager; `close` takes all hooks away.
 
-    `recall` brings states back into the attention of `layers`, `cache` lets final states vote; either may be None. The
-    buffer of `recall` must have the field of `cmr.layers.key_fields`.
+    `recall` brings states back into the attention of `layers`, `cache` lets final states vote; either may be None. Where
+    `recall` finds memories by queries, its buffer must have the field of `cmr.layers.key_fields`.
     """
 
     LIMIT = 2**15  # positions that are used before the stream goes back to low ones; fewer where fewer were learned
@@ -168,9 +168,8 @@ class MemoryStream:
         for index, states in self._states.items():
             assert self.recall is not None
             layer: MemoryLayer = self._layers[index]
-            self.recall.buffer.store_states(
-                states[0], index, places, surprise, self.sequence, fields={"key": layer.keys_values(states[0])[0]}
-            )
+            keys = {"key": layer.keys_values(states[0])[0]} if "key" in self.recall.buffer.fields else {}
+            self.recall.buffer.store_states(states[0], index, places, surprise, self.sequence, fields=keys)
         self._states.clear()
 
     def _slide(self) -> None:
