@@ -26,7 +26,7 @@ from .reweaving import Recalled, Reweaver
 from .scoring import SCORING_METHODS, RelevanceScorer
 from .texts import LastToken, Text, Texts, cache_of
 
-# %% ../../nbs/cmr/engine.ipynb #51b671ce
+# %% ../../nbs/cmr/engine.ipynb #0ff9a830
 @dataclass
 class _Pass:
     "What is known of the pass under way."
@@ -115,16 +115,19 @@ class MemoryEngine:
             dtype=getattr(torch, config.state_dtype), spill=config.spill,
         )
         own: Any = model.config
-        self.recall = _PassRecall(
-            self.buffer, budget=config.retrieval_budget, window=config.window, places=config.places, after=config.neighbours,
-            reach=getattr(own, "max_position_embeddings", 1024), distance=config.distance, bias=config.bias,
-            share=False,  # each layer keeps what it scores high, not all the same tokens
+        self.recall_options: dict[str, Any] = {
+            "budget": config.retrieval_budget, "places": config.places, "after": config.neighbours, "distance": config.distance,
+            "reach": getattr(own, "max_position_embeddings", 1024), "bias": config.bias,
+        }
+        self.recall = _PassRecall(  # each layer keeps what it scores high, not all the same tokens
+            self.buffer, window=config.window, share=False, **self.recall_options
         )
         sliding = {getattr(layer.attention, "sliding_window", None) for layer in self.layers}
         self.scorer = RelevanceScorer(width, config.scoring_method, seed=config.seed, window=sliding.pop() if len(sliding) == 1 else None)
         self.cache_options: dict[str, Any] = {"device": device, "dtype": getattr(torch, config.state_dtype)}
         self.cache = LogitCache(width, config.logit_cache, **self.cache_options) if config.logit_cache else None
         self.captured = self.recall.states  # by layer, the states of the last pass, [batch, tokens, hidden]
+        self.remember = True  # whether what is read is kept, or only recalls
         self.stored = 0  # memories that the last pass left
         self.sequence: Tensor | None = None  # the text of each row of the last pass, int64 of shape [batch]
         self.real: Tensor | None = None  # which tokens of the last pass are no padding, bool of shape [batch, tokens]
@@ -149,6 +152,8 @@ class MemoryEngine:
         "Hang everything on the model. A second call does nothing."
         if self._handles:
             return
+        if has_memories(self.model):
+            raise ValueError("model: has memories already; call remove_memory_hooks() of the one that wraps it first, or load another")
         chosen, model, head = [layer.index for layer in self.layers], self.model, self.head
         base = model.base_model
         assert isinstance(base, nn.Module)
@@ -239,13 +244,30 @@ class MemoryEngine:
             logits = nn.functional.linear(final if asked else final[:, -1:], self.head.weight, getattr(self.head, "bias", None))
         nll = self._nll(now, logits) if asked else torch.zeros(now.ids.shape, device=now.ids.device)
         self.stored = 0
-        if bool(new.any()):
+        if self.remember and bool(new.any()):
             for layer in self.layers:
                 self._remember_states(layer, now, new, nll)
-        if self.cache is not None:
+        if self.remember and self.cache is not None:
             self._remember_followers(self.cache, now, final, new, nll)
-        text.last = LastToken(final[:, -1].clone(), logits[:, -1].clone(), now.contexts[:, -1].clone(), now.real[:, -1])
+        text.last = LastToken(final[:, -1].clone(), logits[:, -1].clone(), now.contexts[:, -1].clone(), now.real[:, -1] & self.remember)
         text.seen = torch.maximum(text.seen, torch.where(now.real, now.positions, -1).amax(1) + 1)
+
+    def forget(
+        self,
+        sequence: int | None = None,  # the number of a text; None: all
+    ) -> int:
+        "Forget what was read of a text or of all, here and in files, and return how many memories went; what scores are usual stays known."
+        gone = 0
+        for buffer in (self.buffer, *([self.cache.buffer] if self.cache is not None else [])):
+            if sequence is None:
+                gone += len(buffer) + (0 if buffer.spill is None else len(buffer.spill))
+                buffer.clear_all()
+            else:
+                gone += buffer.clear_sequence(sequence)
+        self.texts.forget(sequence)
+        self.captured.clear()
+        self.recall.recalled.clear()
+        return gone
 
     def _scores(self, layer: MemoryLayer, now: _Pass, states: Tensor, nll: Tensor) -> Tensor:
         """
