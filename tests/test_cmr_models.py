@@ -15,7 +15,8 @@ from ai_sleep_constructs.cmr import (
 )
 from ai_sleep_constructs.cmr.engine import MemoryEngine
 from ai_sleep_constructs.cmr.logit_cache import contexts_of
-from ai_sleep_constructs.cmr.retrieval import AdvancedMemoryRetriever
+from ai_sleep_constructs.cmr.retrieval import STRATEGIES, AdvancedMemoryRetriever
+from ai_sleep_constructs.reference.corpus import load_corpus
 from ai_sleep_constructs.reference.loading import load_model
 from ai_sleep_constructs.sleep.state import LMModelState
 from ai_sleep_constructs.sleep.strategies.base import SleepContext, run_transaction
@@ -83,6 +84,10 @@ def test_what_does_not_fit_is_refused(reference):
         (lambda: CMRTransformer(None, {"scoring_method": "gradient_based"}, model=reference.model), "backward pass"),
         (lambda: MistralCMRModel(None, None, "reference-gpt2"), "for mistral"),
         (lambda: FullCMRModel(None, None, model=reference.model, retrieval_config={"context_heads": 7}), "context_heads=7"),
+        (lambda: FullCMRModel(None, None, model=reference.model, retrieval_strategy="task_specific"), "task_type: .* needs one"),
+        (lambda: FullCMRModel(None, None, model=reference.model, retrieval_strategy="task_specific", task_type="unheard"), "one of general.* got 'unheard'"),
+        (lambda: FullCMRModel(None, None, model=reference.model, task_type="unheard", tasks={"mine": "hierarchical"}), "general, mine"),
+        (lambda: FullCMRModel(None, None, model=reference.model, tasks={"mine": {"luck": 1.0}}), "luck"),
     ]:
         with pytest.raises(ValueError, match=match):
             call()
@@ -167,3 +172,86 @@ def test_what_the_logit_cache_remembers_does_not_depend_on_the_pieces(reference,
     texts = [ids[0], ids.flip(1)[0, 5:]]
     assert torch.equal(whole[2].long(), torch.cat([contexts_of(text)[:-1] for text in texts]))
     assert torch.equal(whole[1], torch.cat([text[1:] for text in texts]))
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@torch.no_grad()
+def test_a_strategy_bears_on_the_tokens_within_a_pass(reference, ids, strategy):
+    model = FullCMRModel(None, {**MEMORY, "target_layers": [5], "retrieval_budget": 24, "logit_cache": 0}, model=reference.model,
+                         tokenizer=reference.tokenizer, retrieval_strategy=strategy, task_type="general")
+    model.remove_memory_hooks()
+    bare = model(ids).logits
+    model.register_memory_hooks()
+    model(ids)
+    output = model(ids)
+    model.remove_memory_hooks()
+    moved = (output.logits != bare).any(-1)[0]
+    assert 0 < output.memory_info["recalled"][5] <= 24
+    assert float(moved[:-1].float().mean()) > 0.5 and not bool(moved[0])  # the first that asks stands further on
+
+
+@torch.no_grad()
+def test_a_strategy_spends_nothing_on_what_the_window_holds(reference):
+    text = next(d.text for d in load_corpus("python", "guard").documents if len(d.text) > 4000)
+    ids = torch.tensor([reference.tokenizer(text)["input_ids"][:700]])
+    model = FullCMRModel(None, {**MEMORY, "target_layers": [5], "max_states_per_layer": 1000, "retrieval_budget": 32, "window": 256, "logit_cache": 0,
+                                "neighbours": 0}, model=reference.model, retrieval_strategy="task_specific", task_type="newest",
+                         tasks={"newest": {"recency": 1.0}})
+    held = model(ids[:, :600], use_cache=True).past_key_values
+    model(ids[:, 600:], past_key_values=held)
+    model.remove_memory_hooks()
+    slots = model.engine.recall.recalled[5][0]
+    places = model.memory_buffer.gather(5, slots[slots >= 0]).positions.sort().values
+    # every third or fourth token asks for the newest memory that it may see: the one 256 tokens before it
+    assert len(places) >= 20 and int(places.max()) == 699 - 256 and int(places.min()) > 600 - 256
+
+
+@torch.no_grad()
+def test_questions_find_memories_of_text_by_the_default_threshold(reference):
+    documents = [d.text for d in load_corpus("python", "guard").documents if len(d.text) > 4000][:4]
+    questions = ("def read(self, path):\n        return", "for name in self._names:", "raise ValueError", "class Reader(object):")
+    elsewhere = torch.randint(len(reference.tokenizer), (12,), generator=torch.Generator().manual_seed(1))
+    for memory in ({"target_layers": [5], "scoring_method": "random"}, {"target_layers": [3, 4, 5], "relevance_threshold": 0.0, "max_states_per_layer": 800, "buffer_size": 10_000}):
+        model = FullCMRModel(None, memory, model=reference.model, tokenizer=reference.tokenizer)
+        assert model.retriever.config["similarity_threshold"] == 0.7
+        for text in documents:
+            model(torch.tensor([reference.tokenizer(text)["input_ids"][:800]]))
+        model.remove_memory_hooks()
+        for layer in memory["target_layers"]:
+            found = [len(model.retrieve(question, 10, layer=layer)) for question in questions]
+            print(len(model.memory_buffer), layer, found)
+            assert min(found) > 0 and model.retrieve(elsewhere, 10, layer=layer) == []
+
+
+@torch.no_grad()
+def test_tasks_outlive_a_calibration(reference):
+    texts = [d.text[:2500] for d in load_corpus("python", "guard").documents if len(d.text) > 4000][:2]
+    model = FullCMRModel(None, {**MEMORY, "target_layers": [5], "logit_cache": 0}, model=reference.model, tokenizer=reference.tokenizer,
+                         retrieval_strategy="task_specific", task_type="mine", tasks={"mine": "hierarchical"})
+    model.retriever.register_task("later", {"recency": 1.0})
+    model.calibrate(texts)
+    model.remove_memory_hooks()
+    assert model.retriever.memory_buffer is model.memory_buffer and set(model.retriever.tasks) == {"general", "mine", "later"}
+
+
+@torch.no_grad()
+def test_all_of_a_full_model_is_saved(reference, ids, tmp_path):
+    memory = {**MEMORY, "relevance_threshold": 0.4, "scoring_method": "hybrid", "logit_cache": 0}
+    model = FullCMRModel(
+        None, memory, model=reference.model, tokenizer=reference.tokenizer, retrieval_strategy="task_specific", task_type="names",
+        retrieval_config={"similarity_threshold": 0.1, "neighbours_after": 2}, tasks={"names": {"similarity": 1.0, "recency": 0.5}},
+    )
+    model.retriever.register_task("plain", "semantic_similarity")
+    for text in (ids, ids.flip(1)):
+        model(text)
+    loaded = FullCMRModel.from_pretrained(model.save_pretrained(tmp_path / "saved"), dtype=torch.float32)
+    assert (loaded.retrieval_strategy, loaded.task_type, loaded.retriever.config) == ("task_specific", "names", model.retriever.config)
+    found = []
+    for one in (model, loaded):
+        asked = [one.retrieve("return width", 9, "task_specific", task_type=task) for task in ("names", "plain")]
+        found.append([[(e.sequence_id, e.position_idx) for e in entries] for entries in asked])
+        one(ids.roll(7, 1))
+        new = one.memory_buffer.retrieve_by_sequence(2)
+        found[-1].append([(e.layer_idx, e.position_idx, e.relevance_score) for e in new])
+    assert found[0] == found[1] and all(found[0]) and found[0][0] != found[0][1]
+    model.remove_memory_hooks()

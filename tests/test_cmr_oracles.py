@@ -12,6 +12,7 @@ from ai_sleep_constructs.cmr.engine import MemoryEngine
 from ai_sleep_constructs.cmr.layers import key_fields, memory_layers
 from ai_sleep_constructs.cmr.logit_cache import LogitCache
 from ai_sleep_constructs.cmr.recall import BufferRecall
+from ai_sleep_constructs.cmr.retrieval import STRATEGIES, AdvancedMemoryRetriever
 from ai_sleep_constructs.cmr.reweaving import Reweaver
 from ai_sleep_constructs.cmr.streaming import MemoryStream, band
 from ai_sleep_constructs.cmr.tensor_buffer import TensorBuffer
@@ -272,7 +273,7 @@ def test_layers_recall_the_tokens_that_the_lowest_one_found():
     assert found[False][0] == first and found[False][1] != first
 
 
-@pytest.mark.parametrize("find", ["states", "queries"])
+@pytest.mark.parametrize("find", ["states", "queries", *STRATEGIES])
 @pytest.mark.parametrize("neighbours", [0, 1])
 @torch.no_grad()
 def test_no_token_is_moved_by_later_ones(find, neighbours):
@@ -281,8 +282,11 @@ def test_no_token_is_moved_by_later_ones(find, neighbours):
     text, nll = ids(1, 160)[0], []
     for end in (text[128:], text[128:].flip(0)):
         changed = torch.cat([text[:128], text[128:144], end[16:] if len(nll) == 0 else end[:16]])
-        buffer = TensorBuffer(200, 400, "fifo", fields=key_fields(memory_layers(llama)[0]))
-        recall = BufferRecall(buffer, budget=64, places="clamped", distance=20, find=find, after=neighbours)
+        buffer = LayeredMemoryBuffer(200, 400, "fifo", fields=key_fields(memory_layers(llama)[0]))
+        recall = BufferRecall(buffer, budget=64, places="clamped", distance=20, find="queries" if find == "queries" else "states", after=neighbours)
+        if find in STRATEGIES:
+            retriever = AdvancedMemoryRetriever(48, buffer, {"similarity_threshold": 0.0}, {"mine": {"similarity": 0.7, "diversity": 0.3}})
+            recall.choose = lambda layer, queries, visible, k, r=retriever, s=find: r.retrieve_many(queries, layer, k, s, visible=visible, task_type="mine")
         cache = LogitCache(48, 200, neighbours=4)
         with MemoryStream(llama, window=32, chunk=32, recall=recall, layers=[1, 2], cache=cache) as stream:
             nll.append(stream.read(changed))

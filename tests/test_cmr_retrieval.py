@@ -61,10 +61,19 @@ def test_similarity_is_the_largest_cosine_to_any_state_that_counts(holes, dtype,
 
 def test_the_threshold_keeps_out_what_is_less_similar():
     buffer, query = remembered(), draw(1, SIZE, seed=8)
-    cosines = plain_cosine(query, buffer.gather(0, buffer.slots(0)).states)
-    least = float(cosines.topk(4).values[3]) - 1e-6
+    states = buffer.gather(0, buffer.slots(0)).states
+    cosines = plain_cosine(query, states)
+    unit = torch.nn.functional.normalize(states.double(), dim=-1)
+    among = unit @ unit.T
+    each = ~torch.eye(len(states), dtype=torch.bool)
+    one = among.masked_fill(~each, -2)[::2].amax(1).quantile(0.1)  # of the 300 memories each second one is compared with all
+    zero = (among[::2].sum() - 150) / (150 * 299)
+    least = float((cosines.topk(4).values[3] - zero) / (one - zero)) - 1e-5
     found, _ = AdvancedMemoryRetriever(SIZE, buffer, {"similarity_threshold": least}).retrieve(ask(query), "semantic_similarity")
-    assert len(found) == 4
+    assert len(found) == 4 and torch.allclose(found.double(), cosines.topk(4).values, atol=1e-5)
+    for sign, least, expected in ((1.0, 1.0, range(1, 10)), (1.0, -1.0, [10]), (-1.0, -1.0, [10]), (-1.0, 1.0, [0])):
+        found, _ = AdvancedMemoryRetriever(SIZE, buffer, {"similarity_threshold": least}).retrieve(ask(sign * states[5]), "semantic_similarity")
+        assert len(found) in expected, (sign, least)
 
 
 def test_products_in_blocks_are_the_same(monkeypatch):
@@ -141,6 +150,44 @@ def test_an_ensemble_adds_reciprocal_ranks():
     scores, slots = AdvancedMemoryRetriever(SIZE, buffer).retrieve(ask(query), "hybrid_ensemble")
     best = sorted(points, key=lambda slot: -points[slot])[:10]
     assert set(slots.tolist()) == set(best) and scores.tolist() == pytest.approx([points[slot] for slot in best], rel=1e-5)
+
+
+# --- many questions at once ---
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_each_of_many_questions_finds_what_it_finds_alone_where_there_is_nothing_else_than_it_may_see(strategy):
+    states, scores = torch.cat([grouped(100), draw(100, SIZE, seed=5)]), torch.rand(200, generator=torch.Generator().manual_seed(1))
+    queries, seen = grouped(5, seed=4), (200, 120, 7, 2, 0)
+    config = {**OPEN, "probes": 32, "context_heads": 4}
+
+    def made(number):
+        buffer = LayeredMemoryBuffer(200, 200)
+        buffer.store_states(states[:number], 0, torch.arange(number), scores[:number])
+        return AdvancedMemoryRetriever(SIZE, buffer, config, {"mine": {"similarity": 0.5, "diversity": 0.5}})
+
+    visible = torch.arange(200) < torch.tensor(seen)[:, None]
+    whole = made(200)
+    found = whole.retrieve_many(queries, 0, 5, strategy, visible=visible, task_type="mine")
+    assert found.shape == (5, 5)
+    for query, number, mine in zip(queries, seen, found, strict=True):
+        alone = made(number).retrieve(ask(query, 5, task_type="mine"), strategy)[1].tolist()
+        assert mine.tolist() == alone + [-1] * (5 - len(alone)) and len(alone) == min(number, 5)
+    assert torch.equal(whole.retrieve_many(queries[:1], 0, 5, strategy, task_type="mine"), found[:1])
+    assert int(whole.memory_buffer.layers[0]["accesses"].sum()) == 0
+
+
+def test_many_questions_that_cannot_be_asked_name_themselves():
+    _, retriever, _ = retriever_and_context()
+    for call, words in (
+        (lambda: retriever.retrieve_many(draw(2, 5), 0, 3), "queries must have 32 channels, got 5"),
+        (lambda: retriever.retrieve_many(draw(2, SIZE), 0, 0), "k must be"),
+        (lambda: retriever.retrieve_many(draw(2, SIZE), 0, 3, visible=torch.ones(2, 5, dtype=torch.bool)), r"visible must have shape \[2, 300\]"),
+        (lambda: retriever.retrieve_many(draw(2, SIZE), 0, 3, "task_specific", task_type="unheard"), "unheard"),
+        (lambda: retriever.retrieve_many(draw(2, SIZE), 0, 3, "telepathy"), "telepathy"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            call()
+    assert retriever.retrieve_many(draw(2, SIZE), 9, 3).tolist() == [[-1] * 3] * 2
 
 
 # --- clusters ---

@@ -7,8 +7,6 @@ import torch
 from transformers import DynamicCache
 
 from ai_sleep_constructs.cmr import CMRTransformer, FullCMRModel, IntegratedCMRModel, MemoryStream, RelevanceScorer
-from ai_sleep_constructs.cmr.layers import key_fields, memory_layers
-from ai_sleep_constructs.cmr.logit_cache import LogitCache
 from ai_sleep_constructs.cmr.recall import BufferRecall
 from ai_sleep_constructs.cmr.tensor_buffer import TensorBuffer
 from ai_sleep_constructs.reference.loading import load_model

@@ -26,7 +26,7 @@ from .reweaving import Recalled, Reweaver
 from .scoring import SCORING_METHODS, RelevanceScorer
 from .texts import LastToken, Text, Texts, cache_of
 
-# %% ../../nbs/cmr/engine.ipynb #0ff9a830
+# %% ../../nbs/cmr/engine.ipynb #6c521e03
 @dataclass
 class _Pass:
     "What is known of the pass under way."
@@ -277,7 +277,7 @@ class MemoryEngine:
         """
         method, tokens = self.scorer.scoring_method, states.shape[1]
         used = "surprise" if tokens == 1 and "queries" in _signals(method) else method
-        given: dict[str, Tensor] = {}
+        given: dict[str, Any] = {}
         for signal in _signals(used):
             if signal == "nll":
                 given[signal] = nll[:, -tokens:]

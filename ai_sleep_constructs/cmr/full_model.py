@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FullCMRModel']
 
-# %% ../../nbs/cmr/full_model.ipynb #d32128aa
+# %% ../../nbs/cmr/full_model.ipynb #536abdae
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
@@ -16,15 +16,16 @@ from transformers.utils import ModelOutput
 
 from .entry import MemoryEntry, RetrievalContext
 from .models import IntegratedCMRModel
-from .retrieval import STRATEGIES, AdvancedMemoryRetriever
+from .retrieval import STRATEGIES, AdvancedMemoryRetriever, Task
 
-# %% ../../nbs/cmr/full_model.ipynb #7d28e881
+# %% ../../nbs/cmr/full_model.ipynb #3327eb26
 class FullCMRModel(IntegratedCMRModel):
     """
     An `IntegratedCMRModel`, scored by `attention_based`, with an `AdvancedMemoryRetriever`.
 
-    What its layers attend to is found by their queries (`retrieval_strategy="attention"`), or by a strategy of the
-    retriever with the states that enter the layer. Either way it attends through its own weights.
+    What its layers attend to is found by likeness of states (`retrieval_strategy="attention"`), or by a strategy of the
+    retriever, for each token that asks and among what it may see. Either way a layer attends through its own weights. How many neighbours
+    come with a memory says `memory_config` there, and `retrieval_config` for `retrieve`.
     """
 
     DEFAULTS: Mapping[str, Any] = MappingProxyType({"scoring_method": "attention_based"})
@@ -37,38 +38,42 @@ class FullCMRModel(IntegratedCMRModel):
         *,
         retrieval_config: Mapping[str, Any] | None = None,  # changes to `cmr.retrieval.DEFAULTS`
         retrieval_strategy: str = "attention",  # attention, or one of `cmr.retrieval.STRATEGIES`
-        task_type: str | None = None,  # for the strategy task_specific
+        task_type: str | None = None,  # for the strategy task_specific, which needs one
+        tasks: Mapping[str, Task] | None = None,  # kinds of tasks beside `general`: a strategy or weights of the criteria, by name
         **more: Any,  # further arguments of `CMRTransformer`
     ):
         if retrieval_strategy != "attention" and retrieval_strategy not in STRATEGIES:
             raise ValueError(f"retrieval_strategy must be one of attention, {', '.join(STRATEGIES)}, got {retrieval_strategy!r}")
+        if retrieval_strategy == "task_specific" and task_type is None:
+            raise ValueError("task_type: the strategy task_specific needs one, general or a name of tasks; got None")
         super().__init__(config, memory_config, model_name, **more)
         self.retrieval_strategy, self.task_type = retrieval_strategy, task_type
         self._retrieval_config = retrieval_config
         try:
-            self._connect()
+            self._connect(tasks)
+            self.retriever.check_task(task_type)
         except ValueError:
             self.remove_memory_hooks()
             raise
 
-    def _connect(self) -> None:
+    def _connect(self, tasks: Mapping[str, Any] | None) -> None:
         width = self.engine.head.weight.shape[1]
-        self.retriever = AdvancedMemoryRetriever(width, self.engine.buffer, self._retrieval_config)
+        self.retriever = AdvancedMemoryRetriever(width, self.engine.buffer, self._retrieval_config, tasks)
         self.engine.recall.choose = None if self.retrieval_strategy == "attention" else self._choose
 
-    def _choose(self, layer: int, row: int) -> Tensor:
-        text = self.engine.sequence
-        context = RetrievalContext(
-            0 if text is None else int(text[row]), layer, self.engine.captured[layer][row].float(),
-            attention_mask=None if self.engine.real is None else self.engine.real[row],
-            retrieval_budget=self.memory_config.retrieval_budget, task_type=self.task_type,
-        )
-        return self.retriever.retrieve(context, self.retrieval_strategy)[1]
+    def _choose(self, layer: int, queries: Tensor, visible: Tensor, k: int) -> Tensor:
+        return self.retriever.retrieve_many(queries, layer, k, self.retrieval_strategy, visible=visible, task_type=self.task_type)
+
+    def _options(self) -> dict[str, Any]:
+        config = {**self.retriever.config, "criteria_weights": dict(self.retriever.config["criteria_weights"])}
+        tasks = {name: how if isinstance(how, str) else how.weights for name, how in self.retriever.tasks.items()}
+        return {"retrieval_config": config, "retrieval_strategy": self.retrieval_strategy, "task_type": self.task_type, "tasks": tasks}
 
     def calibrate(self, documents: Any, window: int = 256) -> Any:
         "As `CMRTransformer.calibrate`."
-        tried = super().calibrate(documents, window)
-        self._connect()
+        tried, old = super().calibrate(documents, window), self.retriever
+        self._connect(None)
+        self.retriever.tasks = old.tasks
         return tried
 
     @torch.no_grad()

@@ -32,7 +32,7 @@ from .streaming import MemoryStream
 from ..reference.files import replacing_folder
 from ..reference.loading import load_model, no_progress_bars
 
-# %% ../../nbs/cmr/models.ipynb #04bff577
+# %% ../../nbs/cmr/models.ipynb #b78afb21
 class CMRTransformer(nn.Module):
     """
     A pretrained causal language model that remembers what it reads once `register_memory_hooks` was called.
@@ -70,6 +70,10 @@ class CMRTransformer(nn.Module):
 
     def _check(self, model: Any) -> None:
         "Whether this class is for such a model."
+
+    def _options(self) -> dict[str, Any]:
+        "Arguments of this class beside those of `CMRTransformer`, fit for JSON: `save_pretrained` keeps them."
+        return {}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "CMRTransformer":
         "With a model and memories of its own, and with hooks if this one has them."
@@ -281,7 +285,7 @@ class CMRTransformer(nn.Module):
         self,
         folder: str | Path,  # where to; what is there is replaced in one step
     ) -> Path:
-        "Write model, tokenizer, configuration, memories and gate. FileExistsError when the folder holds something else."
+        "Write model, tokenizer, configuration, memories, gate, and what scores are usual. FileExistsError when the folder holds something else."
         target = Path(folder).expanduser().absolute()
         if target.exists() and any(target.iterdir()) and not (target / "cmr.json").is_file():
             raise FileExistsError(f"folder: {target} is there and holds no model with memories, so it is not replaced")
@@ -299,10 +303,11 @@ class CMRTransformer(nn.Module):
                     cache.gate.save(beside / "gate.safetensors")
                 record = {
                     "kind": type(self).__name__, "memory_config": dataclasses.asdict(self.memory_config), "hooked": hooked,
-                    "next_sequence": self.engine.next_sequence,
+                    "options": self._options(), "next_sequence": self.engine.next_sequence,
                     "whitening": None if cache is None else {k: v.tolist() for k, v in cache.whitening.state_dict().items()},
                 }
                 (beside / "cmr.json").write_text(json.dumps(record), encoding="utf-8")
+                (beside / "scorer.json").write_text(json.dumps(self.engine.scorer.state_dict()), encoding="utf-8")
         finally:
             if hooked:
                 self.register_memory_hooks()
@@ -312,13 +317,14 @@ class CMRTransformer(nn.Module):
     def from_pretrained(
         cls,
         folder: str | Path,  # from `save_pretrained`
-        **loading: Any,  # further arguments of `reference.loading.load_model`
+        **loading: Any,  # further arguments of `reference.loading.load_model`, or others of this class than those that were saved
     ) -> "CMRTransformer":
         "The model with its memories; those of the logit cache are not kept. ValueError when the folder is of another class."
         record = json.loads((Path(folder) / "cmr.json").read_text(encoding="utf-8"))
         if record["kind"] != cls.__name__:
             raise ValueError(f"folder: {folder} holds a {record['kind']}, not a {cls.__name__}")
-        made = cls(None, record["memory_config"], str(folder), **loading)
+        made = cls(None, record["memory_config"], str(folder), **{**record["options"], **loading})
+        made.engine.scorer.load_state_dict(json.loads((Path(folder) / "scorer.json").read_text(encoding="utf-8")))
         made.engine.buffer.load_state(Path(folder) / "memories.safetensors")
         made.engine.texts.next_sequence = record["next_sequence"]
         cache = made.engine.cache
