@@ -211,7 +211,7 @@ def test_questions_find_memories_of_text_by_the_default_threshold(reference):
     documents = [d.text for d in load_corpus("python", "guard").documents if len(d.text) > 4000][:4]
     questions = ("def read(self, path):\n        return", "for name in self._names:", "raise ValueError", "class Reader(object):")
     elsewhere = torch.randint(len(reference.tokenizer), (12,), generator=torch.Generator().manual_seed(1))
-    for memory in ({"target_layers": [5]}, {"target_layers": [3, 4, 5], "relevance_threshold": 0.0, "max_states_per_layer": 800, "buffer_size": 10_000}):
+    for memory in ({"target_layers": [5], "scoring_method": "random"}, {"target_layers": [3, 4, 5], "relevance_threshold": 0.0, "max_states_per_layer": 800, "buffer_size": 10_000}):
         model = FullCMRModel(None, memory, model=reference.model, tokenizer=reference.tokenizer)
         assert model.retriever.config["similarity_threshold"] == 0.7
         for text in documents:
@@ -232,3 +232,26 @@ def test_tasks_outlive_a_calibration(reference):
     model.calibrate(texts)
     model.remove_memory_hooks()
     assert model.retriever.memory_buffer is model.memory_buffer and set(model.retriever.tasks) == {"general", "mine", "later"}
+
+
+@torch.no_grad()
+def test_all_of_a_full_model_is_saved(reference, ids, tmp_path):
+    memory = {**MEMORY, "relevance_threshold": 0.4, "scoring_method": "hybrid", "logit_cache": 0}
+    model = FullCMRModel(
+        None, memory, model=reference.model, tokenizer=reference.tokenizer, retrieval_strategy="task_specific", task_type="names",
+        retrieval_config={"similarity_threshold": 0.1, "neighbours_after": 2}, tasks={"names": {"similarity": 1.0, "recency": 0.5}},
+    )
+    model.retriever.register_task("plain", "semantic_similarity")
+    for text in (ids, ids.flip(1)):
+        model(text)
+    loaded = FullCMRModel.from_pretrained(model.save_pretrained(tmp_path / "saved"), dtype=torch.float32)
+    assert (loaded.retrieval_strategy, loaded.task_type, loaded.retriever.config) == ("task_specific", "names", model.retriever.config)
+    found = []
+    for one in (model, loaded):
+        asked = [one.retrieve("return width", 9, "task_specific", task_type=task) for task in ("names", "plain")]
+        found.append([[(e.sequence_id, e.position_idx) for e in entries] for entries in asked])
+        one(ids.roll(7, 1))
+        new = one.memory_buffer.retrieve_by_sequence(2)
+        found[-1].append([(e.layer_idx, e.position_idx, e.relevance_score) for e in new])
+    assert found[0] == found[1] and all(found[0]) and found[0][0] != found[0][1]
+    model.remove_memory_hooks()

@@ -234,7 +234,6 @@ def forgotten(place, model):
         model.memory_buffer.clear_all()
         model.memory_buffer.store_states(
             torch.randn(100, 32, generator=torch.Generator().manual_seed(5)), 1, torch.arange(100), torch.full((100,), 0.5), 900,
-            fields={"key": torch.zeros(100, 2, 8)},
         )
 
 

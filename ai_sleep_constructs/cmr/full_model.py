@@ -18,7 +18,7 @@ from .entry import MemoryEntry, RetrievalContext
 from .models import IntegratedCMRModel
 from .retrieval import STRATEGIES, AdvancedMemoryRetriever, Task
 
-# %% ../../nbs/cmr/full_model.ipynb #ecabd791
+# %% ../../nbs/cmr/full_model.ipynb #3327eb26
 class FullCMRModel(IntegratedCMRModel):
     """
     An `IntegratedCMRModel`, scored by `attention_based`, with an `AdvancedMemoryRetriever`.
@@ -64,6 +64,11 @@ class FullCMRModel(IntegratedCMRModel):
     def _choose(self, layer: int, queries: Tensor, visible: Tensor, k: int) -> Tensor:
         return self.retriever.retrieve_many(queries, layer, k, self.retrieval_strategy, visible=visible, task_type=self.task_type)
 
+    def _options(self) -> dict[str, Any]:
+        config = {**self.retriever.config, "criteria_weights": dict(self.retriever.config["criteria_weights"])}
+        tasks = {name: how if isinstance(how, str) else how.weights for name, how in self.retriever.tasks.items()}
+        return {"retrieval_config": config, "retrieval_strategy": self.retrieval_strategy, "task_type": self.task_type, "tasks": tasks}
+
     def calibrate(self, documents: Any, window: int = 256) -> Any:
         "As `CMRTransformer.calibrate`."
         tried, old = super().calibrate(documents, window), self.retriever
@@ -81,7 +86,9 @@ class FullCMRModel(IntegratedCMRModel):
         task_type: str | None = None,  # for the strategy task_specific
     ) -> list[MemoryEntry]:
         "The memories that the last token of a question brings up, best first. Reading the question leaves no memory."
-        ids = torch.tensor(self.tokenizer(text)["input_ids"]) if isinstance(text, str) else text
+        ids = self.encode(text)
+        if type(budget) is not int or budget < 1:
+            raise ValueError(f"budget must be an int of 1 or more, got {budget!r}")
         target = next((one for one in self.engine.layers if one.index == layer), None) if layer is not None else self.engine.layers[-1]
         if target is None:
             raise ValueError(f"layer must be one of {[one.index for one in self.engine.layers]}, got {layer!r}")
@@ -91,7 +98,7 @@ class FullCMRModel(IntegratedCMRModel):
             lambda module, args, kwargs: states.append(args[0] if args else kwargs["hidden_states"]), with_kwargs=True
         )
         try:
-            self.model(input_ids=ids[None].to(next(self.model.parameters()).device))
+            self.model(input_ids=ids[None])
         finally:
             handle.remove()
             if hooked:

@@ -5,13 +5,15 @@
 # %% auto #0
 __all__ = ['CMRTransformer', 'IntegratedCMRModel', 'MistralCMRModel']
 
-# %% ../../nbs/cmr/models.ipynb #2461ec77
+# %% ../../nbs/cmr/models.ipynb #d9ac033c
+import copy
 import dataclasses
 import json
 import time
 import warnings
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -21,14 +23,16 @@ from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
 from .calibration import choose_layers, fit_gate, fit_whitening
-from .configuration import MemoryConfig, check_model
+from .configuration import MemoryConfig, check_mask, check_model, check_tokens
 from .engine import MemoryEngine
 from .gate import LearnedGate
 from .logit_cache import LogitCache
+from .recall import BufferRecall
+from .streaming import MemoryStream
 from ..reference.files import replacing_folder
 from ..reference.loading import load_model, no_progress_bars
 
-# %% ../../nbs/cmr/models.ipynb #6fead557
+# %% ../../nbs/cmr/models.ipynb #b78afb21
 class CMRTransformer(nn.Module):
     """
     A pretrained causal language model that remembers what it reads once `register_memory_hooks` was called.
@@ -67,6 +71,24 @@ class CMRTransformer(nn.Module):
     def _check(self, model: Any) -> None:
         "Whether this class is for such a model."
 
+    def _options(self) -> dict[str, Any]:
+        "Arguments of this class beside those of `CMRTransformer`, fit for JSON: `save_pretrained` keeps them."
+        return {}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "CMRTransformer":
+        "With a model and memories of its own, and with hooks if this one has them."
+        hooked = self.memory_enabled
+        self.remove_memory_hooks()
+        try:
+            made = memo[id(self)] = type(self).__new__(type(self))
+            vars(made).update(copy.deepcopy(vars(self), memo))
+        finally:
+            if hooked:
+                self.register_memory_hooks()
+        if hooked:
+            made.register_memory_hooks()
+        return made
+
     @property
     def memory_config(self) -> MemoryConfig:
         "What the memories are configured with."
@@ -101,6 +123,9 @@ class CMRTransformer(nn.Module):
         and recalled in this pass), `memory_stats` of the buffer, `performance_stats` and `forward_time` in seconds. Without a
         key/value cache each row is a new text.
         """
+        past = options.get("past_key_values")
+        check_tokens("input_ids", input_ids, self.model.get_input_embeddings().num_embeddings)
+        check_mask(attention_mask, input_ids, 0 if past is None else int(past.get_seq_length()))
         began = time.perf_counter()
         final: list[Tensor] = []
         handle = self.model.base_model.register_forward_hook(lambda module, args, output: final.append(output[0]))
@@ -117,7 +142,7 @@ class CMRTransformer(nn.Module):
         info = {
             "enabled": self.memory_enabled, "target_layers": [layer.index for layer in self.engine.layers],
             "stored": self.engine.stored if self.memory_enabled else 0, "recalled": recalled,
-            "sequence_ids": [] if sequences is None else sequences.tolist(),
+            "sequence_ids": [] if sequences is None else sequences.tolist(), "hint": self._hint(recalled),
         }
         return ModelOutput(OrderedDict(
             **{key: value for key, value in output.items() if value is not None},
@@ -125,13 +150,88 @@ class CMRTransformer(nn.Module):
             memory_stats=self.engine.buffer.get_buffer_stats(), performance_stats=dict(self.performance), forward_time=seconds,
         ))
 
+    def _hint(self, recalled: Mapping[int, int]) -> str | None:
+        "Why memories of this pass had no effect."
+        if not self.memory_enabled or not self.engine.stored or any(recalled.values()):
+            return None
+        if self.memory_config.window is None:
+            return "window is None: memories of the same text are not recalled, only those of other texts; set window, or use stream()"
+        return "a pass recalls what earlier passes left: read a long text in pieces with a key/value cache, or use stream()"
+
+    @contextmanager
+    def reading_only(self) -> Iterator[None]:
+        "Meanwhile, memories are recalled and none are made."
+        before, self.engine.remember = self.engine.remember, False
+        try:
+            yield
+        finally:
+            self.engine.remember = before
+
+    def forget(
+        self,
+        sequence_id: int | None = None,  # a text, as in `memory_info["sequence_ids"]`; None: all
+    ) -> int:
+        "Forget what was read of a text, or of all, and return how many memories went. A conversation that goes on after all is a new text."
+        if sequence_id is not None and type(sequence_id) is not int:
+            raise ValueError(f"sequence_id must be None or an int, got {sequence_id!r}")
+        return self.engine.forget(sequence_id)
+
+    def encode(
+        self,
+        text: str | Tensor,  # a text, or its tokens, int64 of shape [tokens]
+    ) -> Tensor:
+        "Its tokens on the device of the model, int64 of shape [tokens]. TypeError or ValueError for what the model cannot read."
+        if isinstance(text, str):
+            if self.tokenizer is None:
+                raise ValueError("text: a string needs a tokenizer; give tokenizer= when the model is made, or a tensor of tokens")
+            text = torch.tensor(self.tokenizer(text, verbose=False)["input_ids"], dtype=torch.int64)
+        check_tokens("text", text, self.model.get_input_embeddings().num_embeddings, dims=1)
+        return text.to(next(self.model.parameters()).device)
+
+    def stream(
+        self,
+        text: str | Tensor,  # of any length, or its tokens, int64 of shape [tokens]
+        window: int = 256,  # tokens that each token sees, itself included
+        chunk: int = 64,  # tokens that are read at once
+    ) -> Tensor:
+        """
+        Read a text in constant memory; the negative log-likelihood of each token in nats, float32 of shape [tokens], NaN for the first.
+
+        Where the hooks are, with memories: what leaves the window is recalled as `memory_config` says, whose own window does not count,
+        and is kept as a text of its own. Layers keep the same tokens, by the scores of the final states. Errors as `MemoryStream`.
+        """
+        ids, engine, config, hooked = self.encode(text), self.engine, self.memory_config, self.memory_enabled
+        memories: dict[str, Any] = {}
+        if hooked:
+            recall = BufferRecall(engine.buffer, **engine.recall_options)
+            recall.choose = engine.recall.choose
+            memories = {
+                "cache": engine.cache, "recall": recall, "layers": [layer.index for layer in engine.layers], "scorer": engine.scorer,
+                "threshold": config.relevance_threshold, "most": config.max_states_per_layer, "remember": engine.remember,
+            }
+        self.remove_memory_hooks()
+        try:
+            with MemoryStream(self.model, window=window, chunk=chunk, sequence=engine.next_sequence, **memories) as stream:
+                engine.texts.next_sequence += 1
+                return stream.read(ids)
+        finally:
+            if hooked:
+                self.register_memory_hooks()
+
     @torch.no_grad()
     def generate(
         self,
         input_ids: Tensor | None = None,  # int64 of shape [batch, tokens]
         **options: Any,  # arguments of the model's own `generate`
     ) -> Any:
-        "What the model's own `generate` gives, with memories where the hooks are. Beams would mix texts, so num_beams must be 1."
+        """
+        What the model's own `generate` gives, with memories where the hooks are.
+
+        A cache that is given as past_key_values= goes on with the text that it was read with. Beams would mix texts, so num_beams must be 1.
+        """
+        if input_ids is not None:
+            check_tokens("input_ids", input_ids, self.model.get_input_embeddings().num_embeddings)
+            check_mask(options.get("attention_mask"), input_ids)
         config = options.get("generation_config") or self.model.generation_config
         for name in ("num_beams", "num_return_sequences"):
             value = options[name] if options.get(name) is not None else getattr(config, name, None)
@@ -140,11 +240,8 @@ class CMRTransformer(nn.Module):
         for name in ("prompt_lookup_num_tokens", "assistant_model"):
             if options.get(name) is not None or getattr(config, name, None) is not None:
                 raise ValueError(f"{name} must be None: tokens that are taken back would be remembered")
-        self.engine.sequence, self.engine.generating = None, True
-        try:
+        with self.engine.texts.one_text():
             return self.model.generate(input_ids=input_ids, **options)
-        finally:
-            self.engine.generating = False
 
     def calibrate(
         self,
@@ -177,7 +274,7 @@ class CMRTransformer(nn.Module):
             if made.cache is not None:
                 whitening = fit_whitening(self.model, encoded, window=window)
                 gate = fit_gate(self.model, encoded, whitening=whitening, memories=(config.logit_cache,), window=window)
-                made.cache = LogitCache(made.cache.size, config.logit_cache, gate=gate, whitening=whitening, device=made.cache.buffer.device)
+                made.cache = LogitCache(made.cache.size, config.logit_cache, gate=gate, whitening=whitening, **made.cache_options)
             self.engine = made
         finally:
             if hooked:
@@ -188,7 +285,7 @@ class CMRTransformer(nn.Module):
         self,
         folder: str | Path,  # where to; what is there is replaced in one step
     ) -> Path:
-        "Write model, tokenizer, configuration, memories and gate. FileExistsError when the folder holds something else."
+        "Write model, tokenizer, configuration, memories, gate, and what scores are usual. FileExistsError when the folder holds something else."
         target = Path(folder).expanduser().absolute()
         if target.exists() and any(target.iterdir()) and not (target / "cmr.json").is_file():
             raise FileExistsError(f"folder: {target} is there and holds no model with memories, so it is not replaced")
@@ -206,10 +303,11 @@ class CMRTransformer(nn.Module):
                     cache.gate.save(beside / "gate.safetensors")
                 record = {
                     "kind": type(self).__name__, "memory_config": dataclasses.asdict(self.memory_config), "hooked": hooked,
-                    "next_sequence": self.engine.next_sequence,
+                    "options": self._options(), "next_sequence": self.engine.next_sequence,
                     "whitening": None if cache is None else {k: v.tolist() for k, v in cache.whitening.state_dict().items()},
                 }
                 (beside / "cmr.json").write_text(json.dumps(record), encoding="utf-8")
+                (beside / "scorer.json").write_text(json.dumps(self.engine.scorer.state_dict()), encoding="utf-8")
         finally:
             if hooked:
                 self.register_memory_hooks()
@@ -219,15 +317,16 @@ class CMRTransformer(nn.Module):
     def from_pretrained(
         cls,
         folder: str | Path,  # from `save_pretrained`
-        **loading: Any,  # further arguments of `reference.loading.load_model`
+        **loading: Any,  # further arguments of `reference.loading.load_model`, or others of this class than those that were saved
     ) -> "CMRTransformer":
         "The model with its memories; those of the logit cache are not kept. ValueError when the folder is of another class."
         record = json.loads((Path(folder) / "cmr.json").read_text(encoding="utf-8"))
         if record["kind"] != cls.__name__:
             raise ValueError(f"folder: {folder} holds a {record['kind']}, not a {cls.__name__}")
-        made = cls(None, record["memory_config"], str(folder), **loading)
+        made = cls(None, record["memory_config"], str(folder), **{**record["options"], **loading})
+        made.engine.scorer.load_state_dict(json.loads((Path(folder) / "scorer.json").read_text(encoding="utf-8")))
         made.engine.buffer.load_state(Path(folder) / "memories.safetensors")
-        made.engine.next_sequence = record["next_sequence"]
+        made.engine.texts.next_sequence = record["next_sequence"]
         cache = made.engine.cache
         if cache is not None:
             cache.whitening.load_state_dict({k: torch.tensor(v) for k, v in record["whitening"].items()})

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['band', 'MemoryStream']
 
-# %% ../../nbs/cmr/streaming.ipynb #55c2ebf0
+# %% ../../nbs/cmr/streaming.ipynb #357305bb
 from collections.abc import Iterable
 from typing import Any
 
@@ -14,13 +14,14 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from .capture import StateCapture
-from .layers import MemoryLayer, memory_layers
+from .engine import has_memories
+from .layers import memory_layers
 from .logit_cache import ORDER, LogitCache, contexts_of
 from .recall import BufferRecall
 from .reweaving import Reweaver
 from .scoring import RelevanceScorer
 
-# %% ../../nbs/cmr/streaming.ipynb #4bc4db46
+# %% ../../nbs/cmr/streaming.ipynb #95a90c1c
 def band(
     held: int,  # tokens in the cache
     new: int,  # tokens that are read now
@@ -37,8 +38,8 @@ class MemoryStream:
     """
     A text of any length, read with a window and with memories. A context manager; `close` takes all hooks away.
 
-    `recall` brings states back into the attention of `layers`, `cache` lets final states vote; either may be None. The
-    buffer of `recall` must have the field of `cmr.layers.key_fields`.
+    `recall` brings states back into the attention of `layers`, `cache` lets final states vote; either may be None. Where
+    `recall` finds memories by queries, its buffer must have the field of `cmr.layers.key_fields`.
     """
 
     LIMIT = 2**15  # positions that are used before the stream goes back to low ones; fewer where fewer were learned
@@ -54,9 +55,16 @@ class MemoryStream:
         layers: Iterable[int] = (),  # the layers that attend to them
         sequence: int = 0,  # the number of the text in the memories
         scorer: RelevanceScorer | None = None,  # how relevant a state is; None: one minus the probability that its token was given
+        threshold: float = 0.0,  # states that are scored lower are no memories for the attention
+        most: int | None = None,  # of one piece, the best; None: all
+        remember: bool = True,  # whether what is read is kept, or only recalls
         choices: bool = False,  # whether `read` notes in `first` which tokens were the first choice
     ):
-        for name, value in (("window", window), ("chunk", chunk)):
+        if hasattr(model, "memory_buffer") or has_memories(model):
+            raise TypeError("model: has memories of its own; call its stream(...), or give the model inside (.model) after remove_memory_hooks()")
+        if isinstance(threshold, bool) or not isinstance(threshold, (int, float)) or not 0 <= threshold <= 1:
+            raise ValueError(f"threshold must be a number from 0 to 1, got {threshold!r}")
+        for name, value in (("window", window), ("chunk", chunk), ("most", 1 if most is None else most)):
             if type(value) is not int or value < 1:
                 raise ValueError(f"{name} must be an int of 1 or more, got {value!r}")
         if chunk > window:
@@ -70,6 +78,7 @@ class MemoryStream:
                 raise ValueError(f"window and chunk must be {self.LIMIT} tokens together at most, as many as the model has positions, got {window} and {chunk}")
         self.model, self.window, self.chunk, self.cache, self.recall = model, window, chunk, cache, recall
         self.choices, self.first = choices, torch.empty(0, dtype=torch.bool)  # by token of the last `read`
+        self.threshold, self.most, self.remember = threshold, most, remember
         self.scorer, self._layers = scorer, {layer.index: layer for layer in everywhere}
         self._head: Any = model.get_output_embeddings()  # type: ignore[operator]
         self._states: dict[int, Tensor] = {}
@@ -96,6 +105,7 @@ class MemoryStream:
         self._logits: Tensor | None = None
         self._pending: tuple[Tensor, Tensor] | None = None  # the last final state and its context
         self._recent = torch.empty(0, dtype=torch.int64)
+        self._scored: tuple[Tensor, Tensor] | None = None  # final states and surprise of twice the window, for the scorer
         if self.recall is not None:
             self.recall.sequence, self.recall.offset = sequence, 0
 
@@ -144,7 +154,9 @@ class MemoryStream:
             hits = nn.functional.pad(expected.argmax(-1) == ids[missing:], (missing, 0))
             self.first = torch.cat([self.first, hits.cpu()])
         nll = nn.functional.pad(nll, (missing, 0), value=torch.nan)
-        self._remember(ids, final, nll, contexts)
+        if self.remember:
+            self._remember(ids, final, nll, contexts)
+        self._states.clear()
         self._logits, self.position = logits[-1], self.position + len(ids)
         self._recent = torch.cat([self._recent.to(ids), ids])[-max(ORDER, self.window) :]
         self._slide()
@@ -153,25 +165,34 @@ class MemoryStream:
     def _remember(self, ids: Tensor, final: Tensor, nll: Tensor, contexts: Tensor | None) -> None:
         "Keep the states of a piece; in the logit cache each as soon as the token after it is known."
         places = torch.arange(self.position, self.position + len(ids), device=ids.device)
-        surprise = 1 - (-nll.nan_to_num(0.0)).exp()
-        if self.scorer is not None:
-            surprise = self.scorer(final[None], nll=nll.nan_to_num(0.0)[None])[0]
+        relevance = self._relevance(final, nll.nan_to_num(0.0))
         if self.cache is not None and contexts is not None:
             last = final[-1:].clone(), contexts[-1:]
             if self._pending is not None:
                 final, contexts = torch.cat([self._pending[0], final]), torch.cat([self._pending[1], contexts])
-                followers, at, relevance = ids, places - 1, surprise
+                followers, at, known = ids, places - 1, relevance
             else:
-                followers, at, relevance = ids[1:], places[:-1], surprise[1:]
-            self.cache.remember(final[:-1], followers, at, relevance, self.sequence, contexts[:-1])
+                followers, at, known = ids[1:], places[:-1], relevance[1:]
+            self.cache.remember(final[:-1], followers, at, known, self.sequence, contexts[:-1])
             self._pending = last
+        kept = (relevance >= self.threshold).nonzero()[:, 0]
+        if self.most is not None and len(kept) > self.most:
+            kept = kept[relevance[kept].topk(self.most).indices].sort().values
         for index, states in self._states.items():
             assert self.recall is not None
-            layer: MemoryLayer = self._layers[index]
-            self.recall.buffer.store_states(
-                states[0], index, places, surprise, self.sequence, fields={"key": layer.keys_values(states[0])[0]}
-            )
-        self._states.clear()
+            layer, mine = self._layers[index], states[0, kept]
+            keys = {"key": layer.keys_values(mine)[0]} if "key" in self.recall.buffer.fields else {}
+            self.recall.buffer.store_states(mine, index, places[kept], relevance[kept], self.sequence, fields=keys)
+
+    def _relevance(self, final: Tensor, nll: Tensor) -> Tensor:
+        "How relevant each token of a piece is: to the scorer as the end of a text of twice the window, however long the piece."
+        if self.scorer is None:
+            return 1 - (-nll).exp()
+        tokens = len(nll)
+        if self._scored is not None:
+            final, nll = torch.cat([self._scored[0], final]), torch.cat([self._scored[1], nll])
+        self._scored = final[-2 * self.window :].clone(), nll[-2 * self.window :].clone()
+        return self.scorer(self._scored[0][None], nll=self._scored[1][None])[0, -tokens:]
 
     def _slide(self) -> None:
         "Cut the cache to what the next token still sees, and go back to low positions before they grow too large."
