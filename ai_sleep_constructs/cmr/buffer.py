@@ -21,7 +21,7 @@ from .entry import MemoryEntry
 from .rows import Rows, changes, columns_of
 from .tensor_buffer import TensorBuffer
 
-# %% ../../nbs/cmr/buffer.ipynb #81d9fccf
+# %% ../../nbs/cmr/buffer.ipynb #4899d6b3
 ALIKE = 0.95  # the cosine of memories that may become one
 
 def speakers(
@@ -250,7 +250,8 @@ class LayeredMemoryBuffer(TensorBuffer):
         self.layers, self._since = {}, next(changes)
         for layer, columns in layers.items():
             states = columns["states"]
-            rows = self.layers[layer] = self._rows(states.shape[1])
+            self._shapes |= {(layer, name): tuple(columns[f"field.{name}"].shape[1:]) for name in self.fields}
+            rows = self.layers[layer] = self._rows(layer, states.shape[1])
             rows.write(rows.free(len(states)), columns)
             rows.clock = clocks[layer]
         self.statistics = {**dict.fromkeys(self.statistics, 0), **statistics}

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Recall', 'Recalled', 'joint_mask', 'Reweaver']
 
-# %% ../../nbs/cmr/reweaving.ipynb #55498d2b
+# %% ../../nbs/cmr/reweaving.ipynb #6c2e7c97
 import copy
 import sys
 from collections.abc import Callable, Iterable
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .layers import MemoryLayer, memory_layers
+from .layers import MemoryLayer, memory_layers, refresh_keys
 
 # %% ../../nbs/cmr/reweaving.ipynb #216bb158
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ def _woven_attention(base: str) -> Callable[..., Any]:
         return out.transpose(1, 2).contiguous(), None
     return attend
 
-# %% ../../nbs/cmr/reweaving.ipynb #24cb2e87
+# %% ../../nbs/cmr/reweaving.ipynb #e86519ce
 class Reweaver:
     """
     The target layers of a model attend to what `recall` gives them, until `remove`. A context manager.
@@ -113,7 +113,7 @@ class Reweaver:
         recall: Recall,  # where memories come from
         layers: Iterable[int] | None = None,  # which layers attend to them; None: all
     ):
-        "ValueError for layers that there are not, are woven already, or whose attention is neither eager nor sdpa."
+        "ValueError for layers that there are not, are woven already, whose attention is neither eager nor sdpa, or for memories of another width."
         self.layers, self.recall = memory_layers(model, layers), recall
         self.watch: Callable[[MemoryLayer, Tensor], None] | None = None
         self._configs: list[tuple[Any, Any]] = []
@@ -122,6 +122,8 @@ class Reweaver:
             if base not in _BASES:
                 what = "has memories already; remove its Reweaver first" if _thread(layer.attention) is not None else f"attends by {base!r}"
                 raise ValueError(f"layers: {layer.block.name} {what}; allowed is the attention {' or '.join(_BASES)}")
+        if (buffer := getattr(recall, "buffer", None)) is not None:
+            refresh_keys(buffer, self.layers)  # weights may have changed since its memories were stored
         for layer in self.layers:
             attention = layer.attention
             name = f"memories_{attention.config._attn_implementation}"

@@ -19,7 +19,7 @@ from .retention import Standing, policy
 from .rows import Fields, Memories, Rows, changes, encode, filtered, memories_at, place, row_bytes, similarity
 from .spill import Spill
 
-# %% ../../nbs/cmr/tensor_buffer.ipynb #7b8a983c
+# %% ../../nbs/cmr/tensor_buffer.ipynb #6c80b5bb
 _PRODUCTS = 2**24  # products of queries and memories that a search holds at a time
 
 class TensorBuffer:
@@ -55,6 +55,7 @@ class TensorBuffer:
         self.eviction_strategy, self.cleanup_threshold = eviction_strategy, cleanup_threshold
         self._policy = policy(eviction_strategy)
         self.dtype, self.device, self.fields, self.seed = dtype, torch.device(device), dict(fields or {}), seed
+        self._shapes: dict[tuple[int, str], tuple[int, ...]] = {}  # of fields, by layer and name, where they are others than in `fields`
         self.spill = None if spill is None else Spill(spill, spill_entries)
         self.layers: dict[int, Rows] = {}
         self._since = next(changes)  # the change that made these layers
@@ -139,7 +140,7 @@ class TensorBuffer:
             return torch.empty(0, dtype=torch.int64, device=self.device)
         rows = self.layers.get(layer_idx)
         if rows is None:
-            rows = self.layers[layer_idx] = self._rows(hidden_states.shape[1])
+            rows = self.layers[layer_idx] = self._rows(layer_idx, hidden_states.shape[1])
         rows.clock += number
         columns["stored"] = columns["touched"] = torch.arange(rows.clock - number + 1, rows.clock + 1, device=self.device)
         columns["lot"] = torch.rand(number, generator=self._lots).to(self.device)
@@ -151,8 +152,32 @@ class TensorBuffer:
         self.statistics["insertions"] += number
         return slots if kept is None else slots.new_full((number,), -1).index_copy_(0, kept, slots)
 
-    def _rows(self, hidden: int) -> Rows:
-        return Rows(min(self.max_entries_per_layer, self.max_total_entries), hidden, self.dtype, self.device, self.fields)
+    def _rows(self, layer: int, hidden: int) -> Rows:
+        return Rows(min(self.max_entries_per_layer, self.max_total_entries), hidden, self.dtype, self.device, self._fields(layer))
+
+    def _fields(self, layer: int) -> Fields:
+        return {name: (self._shapes.get((layer, name), shape), kind) for name, (shape, kind) in self.fields.items()}
+
+    @torch.no_grad()
+    def replace_field(
+        self,
+        layer_idx: int,  # the layer
+        name: str,  # one of the extra fields
+        values: Tensor,  # for the memories of `layers[layer_idx].slots()`, of shape [memories, *any]: what is stored later has this shape too
+    ) -> None:
+        "Give the memories of a layer other values of a field. Memories that were spilled have it no more. ValueError for another number."
+        rows = self.layers.get(layer_idx)
+        count = 0 if rows is None else rows.count
+        if name not in self.fields or len(values) != count:
+            raise ValueError(f"values must be {count}, of one of the fields {sorted(self.fields)}, got {len(values)} of {name!r}")
+        self._shapes[layer_idx, name] = tuple(values.shape[1:])
+        if rows is not None:
+            with torch.inference_mode(False):
+                column = torch.zeros(rows.capacity, *values.shape[1:], dtype=self.fields[name][1], device=self.device)
+                column[rows.slots()] = values.to(column)
+            rows.columns[f"field.{name}"] = column
+        if self.spill is not None:
+            self.spill.drop_field(layer_idx, name)
 
     def _compete(self, layer: int, new: Mapping[str, Tensor]) -> Tensor | None:
         "Make room in a layer; which of the new ones stay, None for all."
@@ -217,8 +242,9 @@ class TensorBuffer:
             raise ValueError(f"fields must be {sorted(self.fields)}, got {sorted(extra)}")
         for name, value in extra.items():
             columns[f"field.{name}"] = value = torch.as_tensor(value, device=self.device)
-            if value.shape != (len(states), *self.fields[name][0]):
-                raise ValueError(f"fields: {name} must have shape {[len(states), *self.fields[name][0]]}, got {list(value.shape)}")
+            wanted = len(states), *self._fields(layer)[name][0]
+            if value.shape != wanted:
+                raise ValueError(f"fields: {name} must have shape {list(wanted)}, got {list(value.shape)}")
         return {**columns, "position": position, "relevance": relevance}
 
     # searching
