@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from .logit_cache import Votes
 from ..reference.files import replacing
 
-# %% ../../nbs/cmr/gate.ipynb #2859987e
+# %% ../../nbs/cmr/gate.ipynb #c24f74c8
 FEATURES = ("best", "eighth", "agreement", "entropy", "top", "doubt", "same", "model_says", "match", "longest")
 
 def features(
@@ -70,6 +70,8 @@ class LearnedGate(nn.Module):
     def forward(self, votes: Votes, logp: Tensor) -> Tensor:
         return self.share(features(votes, logp)) if self.provenance else torch.zeros(len(logp), device=logp.device)
 
+    @torch.inference_mode(False)
+    @torch.enable_grad()
     def fit(
         self,
         samples: Iterable[tuple[Tensor, Tensor, Tensor]],  # features, and what model and memories gave the token that came: [N, 10], [N], [N]
@@ -80,12 +82,13 @@ class LearnedGate(nn.Module):
         seed: int = 0,  # of the weights and the order
         data: str = "",  # what the samples are, to be saved with the gate
     ) -> float:
-        "Maximise the likelihood of the mixture; returns the mean nats a token at the end. ValueError without samples."
+        "Maximise the likelihood of the mixture where the gate is, also under `torch.no_grad`; returns the mean nats a token at the end. ValueError without samples."
         parts = list(samples)
         if not parts:
             raise ValueError("samples must not be empty")
-        found, model, memory = (torch.cat([part[i] for part in parts]).float() for i in range(3))
-        digest = hashlib.sha256(b"".join(x.contiguous().numpy().tobytes() for x in (found, model, memory))).hexdigest()
+        device = self.mean.device
+        found, model, memory = (torch.cat([part[i] for part in parts]).detach().float().to(device) for i in range(3))
+        digest = hashlib.sha256(b"".join(x.cpu().contiguous().numpy().tobytes() for x in (found, model, memory))).hexdigest()
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
             self.mean, self.scale = found.mean(0), found.std(0).clamp_min(1e-6)
@@ -95,7 +98,7 @@ class LearnedGate(nn.Module):
         optimizer = torch.optim.AdamW(self.net.parameters(), lr=rate, weight_decay=1e-3)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
         for _ in range(steps):
-            chosen = torch.randint(len(found), (min(batch, len(found)),), generator=generator)
+            chosen = torch.randint(len(found), (min(batch, len(found)),), generator=generator).to(device)
             loss = _nats(self.share(found[chosen]), model[chosen], memory[chosen])
             optimizer.zero_grad()
             loss.backward()
@@ -113,7 +116,7 @@ class LearnedGate(nn.Module):
         "Write the weights and what they were trained on to one safetensors file."
         record = {"kind": type(self).__name__, "hidden": self.hidden, "features": list(FEATURES), **self.provenance}
         with replacing(path) as beside:
-            beside.write_bytes(save({k: v.contiguous() for k, v in self.state_dict().items()}, {"gate": json.dumps(record)}))
+            beside.write_bytes(save({k: v.cpu().contiguous() for k, v in self.state_dict().items()}, {"gate": json.dumps(record)}))
 
     @classmethod
     def load(

@@ -138,7 +138,7 @@ class Whitening(nn.Module):
         "Unit vectors of the same shape, float32."
         return nn.functional.normalize((states.float() - self.mean) @ self.map, dim=-1)
 
-# %% ../../nbs/cmr/logit_cache.ipynb #a8764ce4
+# %% ../../nbs/cmr/logit_cache.ipynb #bcebbd1e
 class LogitCache:
     """
     States with the tokens that followed them, and the next-token distribution that follows from both model and memories.
@@ -167,11 +167,21 @@ class LogitCache:
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not least <= value < float("inf"):
                 raise ValueError(f"{name} must be a finite number of {least} or more, got {value!r}")
         self.size, self.neighbours, self.sharpness, self.bonus = size, neighbours, sharpness, bonus
+        self._device = torch.device(device)
         self.gate = ConfidenceGate() if gate is None else gate
         self.whitening = (Whitening(size) if whitening is None else whitening).to(device)
         self.buffer = TensorBuffer(memories, memories, eviction, dtype=dtype, device=device, fields={
             "token": ((), torch.int64), "context": ((ORDER,), torch.int32),
         })
+
+    @property
+    def gate(self) -> Gate:
+        "How much the memories may say; one with weights goes where the memories are."
+        return self._gate
+
+    @gate.setter
+    def gate(self, gate: Gate) -> None:
+        self._gate = gate.to(self._device) if isinstance(gate, nn.Module) else gate
 
     def remember(
         self,
@@ -185,8 +195,8 @@ class LogitCache:
         "Keep states with what followed them; errors as `TensorBuffer.store_states`."
         relevance = torch.full((len(states),), 0.5) if relevance is None else relevance
         contexts = torch.full((len(states), ORDER), -1) if contexts is None else contexts
-        fields = {"token": followers, "context": contexts.to(self.buffer.device, torch.int32)}
-        self.buffer.store_states(self.whitening(states), 0, positions, relevance, sequence, fields=fields)
+        fields = {"token": followers, "context": contexts.to(self._device, torch.int32)}
+        self.buffer.store_states(self.whitening(states.to(self._device)), 0, positions, relevance, sequence, fields=fields)
 
     def votes(
         self,
@@ -195,7 +205,7 @@ class LogitCache:
         contexts: Tensor | None = None,  # from `contexts_of`, of shape [tokens, ORDER]; None: nothing matches
     ) -> Votes:
         "What the memories say of the token after each state; with `ids`, the states of the same text before it are memories too."
-        keys = self.whitening(states)
+        keys = self.whitening(states.to(self._device))
         similarity, slots = self.buffer.search(keys, 0, self.neighbours, metric="dot")
         rows = self.buffer.layers.get(0)
         followers, before = slots, slots[..., None].expand(-1, -1, ORDER)
@@ -223,4 +233,4 @@ class LogitCache:
         contexts: Tensor | None = None,  # as in `votes`
     ) -> Tensor:
         "Log-probabilities of model and memories together; without memories, `logits` themselves."
-        return mixed(logits, self.votes(states, ids, contexts), self.gate)
+        return mixed(logits.to(self._device), self.votes(states, ids, contexts), self.gate).to(logits.device)
