@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FEATURES', 'features', 'LearnedGate', 'gate_samples']
 
-# %% ../../nbs/cmr/gate.ipynb #5012221a
+# %% ../../nbs/cmr/gate.ipynb #4c8299a4
 import hashlib
 import json
 from collections.abc import Iterable
@@ -13,14 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
 from .logit_cache import Votes
 from ..reference.files import replacing
 
-# %% ../../nbs/cmr/gate.ipynb #c24f74c8
+# %% ../../nbs/cmr/gate.ipynb #dabfe9f0
 FEATURES = ("best", "eighth", "agreement", "entropy", "top", "doubt", "same", "model_says", "match", "longest")
 
 def features(
@@ -123,13 +123,17 @@ class LearnedGate(nn.Module):
         cls,
         path: str | Path,  # from `save`
     ) -> "LearnedGate":
-        "The gate that was saved. OSError without such a file, ValueError when it holds something else."
-        with safe_open(str(path), framework="pt") as file:
-            record = json.loads((file.metadata() or {}).get("gate", "{}"))
-            if record.pop("kind", None) != cls.__name__ or record.pop("features") != list(FEATURES):
-                raise ValueError(f"path: {path} holds no gate of these features")
-            made = cls(record.pop("hidden"))
-            made.load_state_dict({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
+        "The gate that was saved. OSError without such a file, ValueError when it is damaged or holds something else."
+        try:
+            with safe_open(str(path), framework="pt") as file:
+                record = json.loads((file.metadata() or {}).get("gate", "{}"))
+                weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            kind, seen, made = record.pop("kind"), record.pop("features"), cls(record.pop("hidden"))
+            made.load_state_dict(weights)
+        except (SafetensorError, ValueError, KeyError, AttributeError, TypeError, RuntimeError) as error:
+            raise ValueError(f"path: {path} is no file of a gate, or a damaged one: {error}") from error
+        if kind != cls.__name__ or seen != list(FEATURES):
+            raise ValueError(f"path: {path} is no file of a gate of the features {', '.join(FEATURES)}")
         made.provenance = record
         return made
 

@@ -97,7 +97,7 @@ def _woven_attention(base: str) -> Callable[..., Any]:
         return out.transpose(1, 2).contiguous(), None
     return attend
 
-# %% ../../nbs/cmr/reweaving.ipynb #e86519ce
+# %% ../../nbs/cmr/reweaving.ipynb #0881a756
 class Reweaver:
     """
     The target layers of a model attend to what `recall` gives them, until `remove`. A context manager.
@@ -133,6 +133,11 @@ class Reweaver:
             attention.config = copy.copy(attention.config)  # the model's own is shared, and says how masks are made
             attention.config._attn_implementation_internal = name
             vars(attention)["_memory_thread"] = _Thread(self, layer)
+
+    @property
+    def attached(self) -> bool:
+        "Whether the layers attend to memories."
+        return bool(self._configs)
 
     def remove(self) -> None:
         "Give the layers their own attention back. A second call does nothing."
