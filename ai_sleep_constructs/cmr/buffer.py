@@ -21,7 +21,7 @@ from .entry import MemoryEntry
 from .rows import Rows, changes, check_int, check_number, check_tensors, columns_of
 from .tensor_buffer import TensorBuffer
 
-# %% ../../nbs/cmr/buffer.ipynb #a51db607
+# %% ../../nbs/cmr/buffer.ipynb #3cf74775
 ALIKE = 0.95  # the cosine of memories that may become one
 
 def speakers(
@@ -298,6 +298,8 @@ class LayeredMemoryBuffer(TensorBuffer):
     def consolidate(
         self,
         budget: int,  # how many memories may be left
+        *,
+        drop: bool = True,  # whether the lowest ranked are dropped where merging is not enough; else more than `budget` may be left
     ) -> dict[str, Any]:
         """
         Merge memories that are nearly the same, until `budget` are left, and drop the lowest ranked where that is not enough.
@@ -319,7 +321,7 @@ class LayeredMemoryBuffer(TensorBuffer):
                 rows["touched"].scatter_reduce_(0, into, rows["touched"][absorbed], "amax")
                 rows.drop(absorbed)
             merged = int(chosen.sum())
-        dropped = max(0, len(self) - budget)
+        dropped = max(0, len(self) - budget) if drop else 0
         if dropped:
             self._drop_lowest(list(self.layers), dropped)
         return {"before": before, "after": len(self), "merged": merged, "dropped": dropped}
