@@ -45,7 +45,7 @@ def _thread(module: nn.Module) -> Any:
     held = vars(module).get("_memory_thread")
     return held if held is not None and held.owner() is module else None
 
-# %% ../../nbs/cmr/reweaving.ipynb #a7097c11
+# %% ../../nbs/cmr/reweaving.ipynb #8e634491
 def joint_mask(
     mask: Tensor | None,  # the window's: None for causal, else bool or additive, of shape [batch, 1, tokens, entries or more]
     recalled: Recalled,  # the memories
@@ -91,13 +91,15 @@ def _woven_attention(base: str) -> Callable[..., Any]:
             grouped = query.unflatten(1, (keys.shape[1], -1)).float() @ keys[:, :, None].float().transpose(-1, -2)
             weights = (grouped * options["scaling"] + joint[:, :, None].float()).softmax(-1)
             weaver.watch(layer, weights[..., : recalled.keys.shape[2]].mean(dim=(1, 2)))
+        if base == "eager":  # which also tells its weights
+            return _base(base, module)(module, query, keys, values, joint, **options)
         out = nn.functional.scaled_dot_product_attention(
             query, keys, values, attn_mask=joint, dropout_p=options.get("dropout") or 0.0, scale=options.get("scaling"), enable_gqa=True
         )
         return out.transpose(1, 2).contiguous(), None
     return attend
 
-# %% ../../nbs/cmr/reweaving.ipynb #0881a756
+# %% ../../nbs/cmr/reweaving.ipynb #37fdbedf
 class Reweaver:
     """
     The target layers of a model attend to what `recall` gives them, until `remove`. A context manager.
@@ -105,6 +107,9 @@ class Reweaver:
     `recall(layer, queries, positions)` gets the layer, its rotated queries of shape [batch, heads, tokens, head_dim] and
     their positions, int64 of shape [batch, tokens], and returns what to attend to, or None for nothing. `watch`, when set, is
     told (layer, weights) with the mean attention over heads that each memory got, float32 of shape [batch, tokens, memories].
+
+    With `output_attentions=True`, which needs eager attention, a layer that attended to memories gives the weights of both, of
+    shape [batch, heads, tokens, memories + entries], the memories first; the others give theirs, of shape [batch, heads, tokens, entries].
     """
 
     def __init__(
