@@ -439,6 +439,26 @@ def test_upkeep_merges_and_prunes():
 
 
 @torch.no_grad()
+def test_by_default_nothing_is_lost_below_the_budget_and_nothing_different_at_it():
+    model, plain = remembering(read=False, buffer_size=200), remembering(read=False, buffer_size=200)
+    with CMRPerformanceOptimizer(model, {"every": 1, "enable_adaptive_thresholds": False}) as optimizer:
+        for turn in range(20):
+            text = tokens(1, 7, seed=turn % 10)
+            optimizer.optimize_forward(text)
+            plain(text)
+            optimizer.wait()
+            if len(plain.memory_buffer) < 200:
+                assert len(model.memory_buffer) == len(plain.memory_buffer)
+        stats = optimizer.get_optimization_stats()["optimization"]["background"]
+    assert len(plain.memory_buffer) == 200 and stats["merged"] > 0 == stats["dropped"]
+    model = remembering(read=False, buffer_size=60)
+    with CMRPerformanceOptimizer(model, {"every": 1, "enable_adaptive_thresholds": False}) as optimizer:
+        optimizer.optimize_forward(torch.arange(1, 61)[None])  # no two of them alike
+        optimizer.wait()
+        assert len(model.memory_buffer) == 60 and optimizer.get_optimization_stats()["optimization"]["background"]["consolidations"] == 1
+
+
+@torch.no_grad()
 def test_what_a_run_gives_does_not_depend_on_the_speed_of_the_thread():
     def run(slow):
         model = remembering(read=False, buffer_size=100)
@@ -491,7 +511,7 @@ def test_statistics_count_what_happened():
 BAD = {
     "enable_prefetching": [1, None], "target_capture_rate": [0, 1.1, "0.3", True], "horizon": [0, 1.5], "token_budget": [0, 10.0], "max_batch_size": [0, True],
     "max_padding": [-0.1, 1, None], "prefetch_size": [0], "successors": [-1, 1.0], "max_queue": [0], "every": [0, None],
-    "consolidate_at": [0, 1.5, "all"], "consolidate_to": [0, 1.1, None, 0.99],
+    "consolidate_at": [0, 1.5, "all"], "consolidate_to": [0, 1.1, None, (0.95, 0.99)], "drop": [None, 1],
 }
 
 
@@ -499,7 +519,7 @@ BAD = {
 def test_bad_values_name_themselves(name, value):
     model = remembering(read=False)
     with pytest.raises(ValueError, match=f"^{name} must be .*, got "):
-        CMRPerformanceOptimizer(model, {name: value})
+        CMRPerformanceOptimizer(model, {"consolidate_at": value[0], name: value[1]} if isinstance(value, tuple) else {name: value})
     assert model.engine.weaver.recall is model.engine.recall and name in OPTIONS
 
 

@@ -293,3 +293,25 @@ def test_no_token_is_moved_by_later_ones(find, neighbours):
             assert all(int((slots >= 0).sum()) for slots in recall.recalled.values())
     first, second = nll
     assert torch.allclose(first[1:144], second[1:144], atol=1e-5) and float((first[144:] - second[144:]).abs().max()) > 0.01
+
+
+@torch.no_grad()
+def test_the_attention_that_is_given_out_is_that_over_memories_and_window(model):
+    text, found = ids(2, 20, seed=4), {}
+    for attention in ("eager", "sdpa"):
+        model.set_attn_implementation(attention)
+        engine = MemoryEngine(model, MemoryConfig(
+            target_layers=[1, 2], relevance_threshold=0.0, places="clamped", distance=30, scoring_method="variance_based", retrieval_budget=16))
+        engine.attach()
+        model(input_ids=ids(2, 30))
+        mask = torch.ones_like(text)
+        mask[1, :5] = 0
+        found[attention] = model(input_ids=text, attention_mask=mask, output_attentions=attention == "eager")
+        recalled = {layer: slots.shape[1] for layer, slots in engine.recall.recalled.items()}
+        engine.detach()
+    weights = found["eager"].attentions
+    assert [w.shape for w in weights] == [(2, 6, 20, 20 + recalled.get(layer, 0)) for layer in range(3)]
+    assert set(recalled) == {1, 2} and min(recalled.values()) > 0
+    assert all(torch.allclose(w.sum(-1), torch.ones(2, 6, 20), atol=1e-5) for w in weights)
+    assert float(weights[1][0, ..., : recalled[1]].sum()) > 0
+    assert torch.allclose(found["eager"].logits[mask.bool()], found["sdpa"].logits[mask.bool()], atol=1e-4)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ALIKE', 'speakers', 'LayeredMemoryBuffer']
 
-# %% ../../nbs/cmr/buffer.ipynb #0e877ddd
+# %% ../../nbs/cmr/buffer.ipynb #d31dc480
 import json
 import os
 from collections.abc import Sequence
@@ -18,10 +18,10 @@ from safetensors.torch import save
 from torch import Tensor
 
 from .entry import MemoryEntry
-from .rows import Rows, changes, columns_of
+from .rows import Rows, changes, check_int, check_number, check_tensors, columns_of
 from .tensor_buffer import TensorBuffer
 
-# %% ../../nbs/cmr/buffer.ipynb #81d9fccf
+# %% ../../nbs/cmr/buffer.ipynb #3cf74775
 ALIKE = 0.95  # the cosine of memories that may become one
 
 def speakers(
@@ -71,6 +71,10 @@ class LayeredMemoryBuffer(TensorBuffer):
         sequence_id: int | None = None,  # the text; None means 0
     ) -> bool:
         "Store one memory; False when it did not stand against the others. Errors as `store_states`."
+        check_tensors(hidden_state=hidden_state)
+        check_int("position_idx", position_idx)
+        check_number("relevance_score", relevance_score, 0, 1)
+        check_int("sequence_id", sequence_id, none=True)
         slots = self.store_states(
             hidden_state[None], layer_idx, torch.tensor([position_idx]), torch.tensor([relevance_score]), sequence_id or 0
         )
@@ -81,19 +85,22 @@ class LayeredMemoryBuffer(TensorBuffer):
         layer_idx: int,  # the layer
         slot: int,  # its row
     ) -> MemoryEntry:
-        "One memory as an object with a copy of its state."
-        rows = self.layers[layer_idx]
-        sequence, position, accesses = (int(rows[name][slot]) for name in ("sequence", "position", "accesses"))
-        relevance, stored, used = (float(rows[name][slot]) for name in ("relevance", "time", "last_access"))
-        state = self.gather(layer_idx, torch.tensor([slot], device=self.device)).states[0]
-        return MemoryEntry(state, layer_idx, sequence, position, relevance, stored, accesses, used)
+        "One memory as an object with a copy of its state. ValueError for a row that holds none."
+        rows = self.layers.get(layer_idx) if type(layer_idx) is int else None
+        if rows is None or type(slot) is not int or not 0 <= slot < rows.filled or not bool(rows.valid[slot]):
+            raise ValueError(f"slot must be one of slots({layer_idx!r}), got {slot!r}")
+        return self._entries([(layer_idx, torch.tensor([slot], device=self.device))])[0]
 
-    def _entries(self, found: Sequence[tuple[int, Tensor]], k: int | None = None) -> list[MemoryEntry]:
-        pairs = [(layer, slot, score) for layer, slots in found
-                 for slot, score in zip(slots.tolist(), self.layers[layer]["relevance"][slots].tolist(), strict=True)]
-        if k is not None:
-            pairs = sorted(pairs, key=lambda pair: -pair[2])[:k]
-        return [self.entry(layer, slot) for layer, slot, _ in pairs]
+    def _entries(self, found: Sequence[tuple[int, Tensor]]) -> list[MemoryEntry]:
+        "Objects for rows by layer; each column becomes a list once."
+        entries: list[MemoryEntry] = []
+        for layer, slots in found:
+            if len(slots):
+                rows = self.layers[layer]
+                columns = (rows[name][slots].tolist() for name in ("sequence", "position", "relevance", "time", "accesses", "last_access"))
+                states = self.gather(layer, slots).states.unbind()
+                entries += [MemoryEntry(state, layer, *values) for state, *values in zip(states, *columns, strict=True)]
+        return entries
 
     def retrieve_by_layer(
         self,
@@ -101,7 +108,9 @@ class LayeredMemoryBuffer(TensorBuffer):
         k: int | None = None,  # how many at most; None: all
         min_relevance: float = 0.0,  # only memories at least this relevant
     ) -> list[MemoryEntry]:
-        "The most relevant memories of a layer."
+        "The most relevant memories of a layer. ValueError for a `k` below 1, or for numbers that are none."
+        check_int("k", k, 1, none=True)
+        check_number("min_relevance", min_relevance)
         slots = self.slots(layer)
         if not len(slots):
             return []
@@ -115,6 +124,7 @@ class LayeredMemoryBuffer(TensorBuffer):
         sequence_id: int,  # the text
     ) -> list[MemoryEntry]:
         "All memories of a text, by layer and place."
+        check_int("sequence_id", sequence_id)
         found = []
         for layer in sorted(self.layers):
             slots = self.slots(layer)
@@ -129,13 +139,22 @@ class LayeredMemoryBuffer(TensorBuffer):
         layer_indices: Sequence[int] | None = None,  # only of these layers
         exclude_sequence: int | None = None,  # not of this text
     ) -> list[MemoryEntry]:
-        "The most relevant memories of several layers."
+        "The most relevant memories of several layers. ValueError for a `k` below 1."
+        check_int("k", k, 1)
+        check_int("exclude_sequence", exclude_sequence, none=True)
+        if isinstance(layer_indices, str) or any(type(layer) is not int for layer in layer_indices or ()):
+            raise ValueError(f"layer_indices must be ints, got {layer_indices!r}")
         found = []
         for layer in sorted(self.layers if layer_indices is None else set(layer_indices) & set(self.layers)):
             slots = self.slots(layer)
-            slots = slots if exclude_sequence is None else slots[self.layers[layer]["sequence"][slots] != exclude_sequence]
-            found.append((layer, slots))
-        return self._entries(found, k)
+            found.append((layer, slots if exclude_sequence is None else slots[self.layers[layer]["sequence"][slots] != exclude_sequence]))
+        if not found:
+            return []
+        scores = torch.cat([self.layers[layer]["relevance"][slots] for layer, slots in found])
+        best = torch.zeros_like(scores, dtype=torch.bool)
+        best[scores.argsort(descending=True, stable=True)[:k]] = True
+        parts = zip(found, best.split([len(slots) for _, slots in found]), strict=True)
+        return sorted(self._entries([(layer, slots[mine]) for (layer, slots), mine in parts]), key=lambda entry: -entry.relevance_score)
 
     def get_all_entries(self) -> list[MemoryEntry]:
         "Every memory as an object, by layer and the order of storing."
@@ -147,7 +166,9 @@ class LayeredMemoryBuffer(TensorBuffer):
         self,
         share: float | None = None,  # how much of the total budget may stay; None: `cleanup_threshold`
     ) -> int:
-        "Drop the memories that the eviction strategy ranks lowest, and return how many."
+        "Drop the memories that the eviction strategy ranks lowest, and return how many. ValueError for a share outside [0, 1]."
+        if share is not None:
+            check_number("share", share, 0, 1)
         left = int((self.cleanup_threshold if share is None else share) * self.max_total_entries)
         excess = len(self) - left
         if excess <= 0:
@@ -250,7 +271,8 @@ class LayeredMemoryBuffer(TensorBuffer):
         self.layers, self._since = {}, next(changes)
         for layer, columns in layers.items():
             states = columns["states"]
-            rows = self.layers[layer] = self._rows(states.shape[1])
+            self._shapes |= {(layer, name): tuple(columns[f"field.{name}"].shape[1:]) for name in self.fields}
+            rows = self.layers[layer] = self._rows(layer, states.shape[1])
             rows.write(rows.free(len(states)), columns)
             rows.clock = clocks[layer]
         self.statistics = {**dict.fromkeys(self.statistics, 0), **statistics}
@@ -276,6 +298,8 @@ class LayeredMemoryBuffer(TensorBuffer):
     def consolidate(
         self,
         budget: int,  # how many memories may be left
+        *,
+        drop: bool = True,  # whether the lowest ranked are dropped where merging is not enough; else more than `budget` may be left
     ) -> dict[str, Any]:
         """
         Merge memories that are nearly the same, until `budget` are left, and drop the lowest ranked where that is not enough.
@@ -283,8 +307,7 @@ class LayeredMemoryBuffer(TensorBuffer):
         In each layer, pairs are merged by falling cosine, those of 0.95 and more, between memories whose whole-number fields
         (such as the token that followed) are equal. The more relevant one stays where it was, with the higher relevance and both access counts.
         """
-        if type(budget) is not int or budget < 1:
-            raise ValueError(f"budget must be an int of 1 or more, got {budget!r}")
+        check_int("budget", budget, 1)
         before = len(self)
         found = [(rows, *self._alike(rows)) for rows in self.layers.values() if before > budget and rows.count]
         merged = 0
@@ -298,7 +321,7 @@ class LayeredMemoryBuffer(TensorBuffer):
                 rows["touched"].scatter_reduce_(0, into, rows["touched"][absorbed], "amax")
                 rows.drop(absorbed)
             merged = int(chosen.sum())
-        dropped = max(0, len(self) - budget)
+        dropped = max(0, len(self) - budget) if drop else 0
         if dropped:
             self._drop_lowest(list(self.layers), dropped)
         return {"before": before, "after": len(self), "merged": merged, "dropped": dropped}

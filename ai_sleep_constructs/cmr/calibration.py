@@ -22,7 +22,7 @@ from .recall import BufferRecall
 from .streaming import MemoryStream
 from .tensor_buffer import TensorBuffer
 
-# %% ../../nbs/cmr/calibration.ipynb #fdac8c2a
+# %% ../../nbs/cmr/calibration.ipynb #ca20131a
 class _States(LogitCache):
     "A cache that lets the model speak alone and notes its final states, which a whitening is made of."
 
@@ -87,7 +87,8 @@ def fit_gate(
 ) -> LearnedGate:
     "A gate for a `LogitCache` with this whitening. ValueError when the documents are too short to learn from."
     noted = (_notes(_Samples, model, documents, size, window, recall, layers, whitening=whitening) for size in memories)
-    gate = LearnedGate()
+    with torch.inference_mode(False):  # its weights are to learn
+        gate = LearnedGate()
     gate.fit(chain.from_iterable(noted), seed=seed, data=data)
     return gate.to(next(model.parameters()).device)
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FEATURES', 'features', 'LearnedGate', 'gate_samples']
 
-# %% ../../nbs/cmr/gate.ipynb #5012221a
+# %% ../../nbs/cmr/gate.ipynb #4c8299a4
 import hashlib
 import json
 from collections.abc import Iterable
@@ -13,14 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
 from .logit_cache import Votes
 from ..reference.files import replacing
 
-# %% ../../nbs/cmr/gate.ipynb #2859987e
+# %% ../../nbs/cmr/gate.ipynb #dabfe9f0
 FEATURES = ("best", "eighth", "agreement", "entropy", "top", "doubt", "same", "model_says", "match", "longest")
 
 def features(
@@ -70,6 +70,8 @@ class LearnedGate(nn.Module):
     def forward(self, votes: Votes, logp: Tensor) -> Tensor:
         return self.share(features(votes, logp)) if self.provenance else torch.zeros(len(logp), device=logp.device)
 
+    @torch.inference_mode(False)
+    @torch.enable_grad()
     def fit(
         self,
         samples: Iterable[tuple[Tensor, Tensor, Tensor]],  # features, and what model and memories gave the token that came: [N, 10], [N], [N]
@@ -80,12 +82,13 @@ class LearnedGate(nn.Module):
         seed: int = 0,  # of the weights and the order
         data: str = "",  # what the samples are, to be saved with the gate
     ) -> float:
-        "Maximise the likelihood of the mixture; returns the mean nats a token at the end. ValueError without samples."
+        "Maximise the likelihood of the mixture where the gate is, also under `torch.no_grad`; returns the mean nats a token at the end. ValueError without samples."
         parts = list(samples)
         if not parts:
             raise ValueError("samples must not be empty")
-        found, model, memory = (torch.cat([part[i] for part in parts]).float() for i in range(3))
-        digest = hashlib.sha256(b"".join(x.contiguous().numpy().tobytes() for x in (found, model, memory))).hexdigest()
+        device = self.mean.device
+        found, model, memory = (torch.cat([part[i] for part in parts]).detach().float().to(device) for i in range(3))
+        digest = hashlib.sha256(b"".join(x.cpu().contiguous().numpy().tobytes() for x in (found, model, memory))).hexdigest()
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
             self.mean, self.scale = found.mean(0), found.std(0).clamp_min(1e-6)
@@ -95,7 +98,7 @@ class LearnedGate(nn.Module):
         optimizer = torch.optim.AdamW(self.net.parameters(), lr=rate, weight_decay=1e-3)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
         for _ in range(steps):
-            chosen = torch.randint(len(found), (min(batch, len(found)),), generator=generator)
+            chosen = torch.randint(len(found), (min(batch, len(found)),), generator=generator).to(device)
             loss = _nats(self.share(found[chosen]), model[chosen], memory[chosen])
             optimizer.zero_grad()
             loss.backward()
@@ -113,20 +116,24 @@ class LearnedGate(nn.Module):
         "Write the weights and what they were trained on to one safetensors file."
         record = {"kind": type(self).__name__, "hidden": self.hidden, "features": list(FEATURES), **self.provenance}
         with replacing(path) as beside:
-            beside.write_bytes(save({k: v.contiguous() for k, v in self.state_dict().items()}, {"gate": json.dumps(record)}))
+            beside.write_bytes(save({k: v.cpu().contiguous() for k, v in self.state_dict().items()}, {"gate": json.dumps(record)}))
 
     @classmethod
     def load(
         cls,
         path: str | Path,  # from `save`
     ) -> "LearnedGate":
-        "The gate that was saved. OSError without such a file, ValueError when it holds something else."
-        with safe_open(str(path), framework="pt") as file:
-            record = json.loads((file.metadata() or {}).get("gate", "{}"))
-            if record.pop("kind", None) != cls.__name__ or record.pop("features") != list(FEATURES):
-                raise ValueError(f"path: {path} holds no gate of these features")
-            made = cls(record.pop("hidden"))
-            made.load_state_dict({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
+        "The gate that was saved. OSError without such a file, ValueError when it is damaged or holds something else."
+        try:
+            with safe_open(str(path), framework="pt") as file:
+                record = json.loads((file.metadata() or {}).get("gate", "{}"))
+                weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            kind, seen, made = record.pop("kind"), record.pop("features"), cls(record.pop("hidden"))
+            made.load_state_dict(weights)
+        except (SafetensorError, ValueError, KeyError, AttributeError, TypeError, RuntimeError) as error:
+            raise ValueError(f"path: {path} is no file of a gate, or a damaged one: {error}") from error
+        if kind != cls.__name__ or seen != list(FEATURES):
+            raise ValueError(f"path: {path} is no file of a gate of the features {', '.join(FEATURES)}")
         made.provenance = record
         return made
 

@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['ORDER', 'Gate', 'MOST', 'Votes', 'contexts_of', 'vote', 'ConfidenceGate', 'mixed', 'Whitening', 'LogitCache']
 
-# %% ../../nbs/cmr/logit_cache.ipynb #46f24cde
+# %% ../../nbs/cmr/logit_cache.ipynb #0ff8dcfa
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from .rows import check_int, check_number, check_tensors
 from .tensor_buffer import TensorBuffer
 
 # %% ../../nbs/cmr/logit_cache.ipynb #81c72260
@@ -138,7 +139,7 @@ class Whitening(nn.Module):
         "Unit vectors of the same shape, float32."
         return nn.functional.normalize((states.float() - self.mean) @ self.map, dim=-1)
 
-# %% ../../nbs/cmr/logit_cache.ipynb #a8764ce4
+# %% ../../nbs/cmr/logit_cache.ipynb #443243f2
 class LogitCache:
     """
     States with the tokens that followed them, and the next-token distribution that follows from both model and memories.
@@ -161,17 +162,30 @@ class LogitCache:
         dtype: torch.dtype = torch.float32,  # of what is kept
         device: str | torch.device = "cpu",  # where it is kept
     ):
-        if type(neighbours) is not int or neighbours < 1:
-            raise ValueError(f"neighbours must be an int of 1 or more, got {neighbours!r}")
-        for name, value, least in (("sharpness", sharpness, 1e-6), ("bonus", bonus, 0.0)):
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not least <= value < float("inf"):
-                raise ValueError(f"{name} must be a finite number of {least} or more, got {value!r}")
+        for name, value in (("size", size), ("memories", memories), ("neighbours", neighbours)):
+            check_int(name, value, 1)
+        check_number("sharpness", sharpness, 1e-6, 1e6)
+        check_number("bonus", bonus, 0.0, 1e6)
+        if not (gate is None or callable(gate)):
+            raise TypeError(f"gate must be a function of votes and log-probabilities, got {gate!r}")
+        if whitening is not None and len(whitening.mean) != size:
+            raise ValueError(f"whitening must be for states of size {size}, got one for {len(whitening.mean)}")
         self.size, self.neighbours, self.sharpness, self.bonus = size, neighbours, sharpness, bonus
+        self._device = torch.device(device)
         self.gate = ConfidenceGate() if gate is None else gate
         self.whitening = (Whitening(size) if whitening is None else whitening).to(device)
         self.buffer = TensorBuffer(memories, memories, eviction, dtype=dtype, device=device, fields={
             "token": ((), torch.int64), "context": ((ORDER,), torch.int32),
         })
+
+    @property
+    def gate(self) -> Gate:
+        "How much the memories may say; one with weights goes where the memories are."
+        return self._gate
+
+    @gate.setter
+    def gate(self, gate: Gate) -> None:
+        self._gate = gate.to(self._device) if isinstance(gate, nn.Module) else gate
 
     def remember(
         self,
@@ -183,10 +197,23 @@ class LogitCache:
         contexts: Tensor | None = None,  # from `contexts_of`, of shape [tokens, ORDER]; None: not known
     ) -> None:
         "Keep states with what followed them; errors as `TensorBuffer.store_states`."
+        self._check(states, followers=followers, contexts=contexts)
         relevance = torch.full((len(states),), 0.5) if relevance is None else relevance
         contexts = torch.full((len(states), ORDER), -1) if contexts is None else contexts
-        fields = {"token": followers, "context": contexts.to(self.buffer.device, torch.int32)}
-        self.buffer.store_states(self.whitening(states), 0, positions, relevance, sequence, fields=fields)
+        fields = {"token": followers, "context": contexts.to(self._device, torch.int32)}
+        self.buffer.store_states(self.whitening(states.to(self._device)), 0, positions, relevance, sequence, fields=fields)
+
+    def _check(self, states: Tensor, contexts: Tensor | None, **tokens: Tensor | None) -> None:
+        "Errors for what is no tensor, or of another width or number."
+        check_tensors(states=states)
+        if states.ndim != 2 or states.shape[1] != self.size or not states.is_floating_point():
+            raise ValueError(f"states must be floats of shape [tokens, {self.size}], got {states.dtype} {list(states.shape)}")
+        wanted = {name: (value, states.shape[:1]) for name, value in tokens.items()} | {"contexts": (contexts, (len(states), ORDER))}
+        for name, (value, shape) in wanted.items():
+            if value is not None:
+                check_tensors(**{name: value})
+                if value.shape != shape or value.is_floating_point():
+                    raise ValueError(f"{name} must be integers of shape {list(shape)}, got {value.dtype} {list(value.shape)}")
 
     def votes(
         self,
@@ -194,8 +221,9 @@ class LogitCache:
         ids: Tensor | None = None,  # the tokens at these states, int64 of shape [tokens]: earlier ones of them vote on later ones
         contexts: Tensor | None = None,  # from `contexts_of`, of shape [tokens, ORDER]; None: nothing matches
     ) -> Votes:
-        "What the memories say of the token after each state; with `ids`, the states of the same text before it are memories too."
-        keys = self.whitening(states)
+        "What the memories say of the token after each state; with `ids`, the states of the same text before it are memories too. Errors for other shapes."
+        self._check(states, ids=ids, contexts=contexts)
+        keys = self.whitening(states.to(self._device))
         similarity, slots = self.buffer.search(keys, 0, self.neighbours, metric="dot")
         rows = self.buffer.layers.get(0)
         followers, before = slots, slots[..., None].expand(-1, -1, ORDER)
@@ -223,4 +251,7 @@ class LogitCache:
         contexts: Tensor | None = None,  # as in `votes`
     ) -> Tensor:
         "Log-probabilities of model and memories together; without memories, `logits` themselves."
-        return mixed(logits, self.votes(states, ids, contexts), self.gate)
+        check_tensors(logits=logits)
+        if logits.ndim != 2 or len(logits) != len(states):
+            raise ValueError(f"logits must have shape [{len(states)}, vocabulary], got {list(logits.shape)}")
+        return mixed(logits.to(self._device), self.votes(states, ids, contexts), self.gate).to(logits.device)

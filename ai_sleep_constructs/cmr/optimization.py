@@ -21,7 +21,7 @@ from .optimization_batching import BatchProcessingOptimizer
 from .optimization_prefetch import MemoryPrefetcher
 from .optimization_thresholds import AdaptiveThresholdManager
 
-# %% ../../nbs/cmr/optimization.ipynb #a6b96b3a
+# %% ../../nbs/cmr/optimization.ipynb #5192587d
 OPTIONS: Mapping[str, Any] = MappingProxyType({
     "enable_adaptive_thresholds": True,  # hold the share of tokens that is stored
     "enable_batch_optimization": True,  # read by length, without padding
@@ -32,7 +32,7 @@ OPTIONS: Mapping[str, Any] = MappingProxyType({
     "token_budget": 4096, "max_batch_size": 32, "max_padding": 0.2,  # see `BatchProcessingOptimizer`
     "prefetch_size": 512, "successors": 1,  # see `MemoryPrefetcher`
     "max_queue": 64,  # see `ComputationScheduler`
-    "every": 16, "consolidate_at": 0.95, "consolidate_to": 0.9,  # see `BackgroundOptimizer`
+    "every": 16, "consolidate_at": 1.0, "consolidate_to": 0.9, "drop": False,  # see `BackgroundOptimizer`
 })
 
 
@@ -66,7 +66,7 @@ class CMRPerformanceOptimizer:
         self.computation_scheduler = ComputationScheduler(config["max_queue"])
         self.background_optimizer = BackgroundOptimizer(
             cmr_model, self.computation_scheduler, every=config["every"],
-            consolidate_at=config["consolidate_at"], consolidate_to=config["consolidate_to"],
+            consolidate_at=config["consolidate_at"], consolidate_to=config["consolidate_to"], drop=config["drop"],
         )
         self._counts: dict[str, float] = {"optimized_forwards": 0, "optimized_tokens": 0, "optimized_seconds": 0.0}
 

@@ -171,7 +171,7 @@ class ComputationScheduler:
                 "jobs_submitted": self._submitted, "jobs_done": work.done, "jobs_waiting": len(work.waiting), "job_seconds": work.seconds,
             }
 
-# %% ../../nbs/cmr/optimization_background.ipynb #28dee926
+# %% ../../nbs/cmr/optimization_background.ipynb #c313b5f8
 class BackgroundOptimizer:
     "Upkeep of a model's memories after every few passes, by a scheduler."
 
@@ -181,8 +181,9 @@ class BackgroundOptimizer:
         scheduler: ComputationScheduler,  # who runs the jobs
         *,
         every: int = 16,  # passes between two rounds
-        consolidate_at: float | None = 0.95,  # the share of the buffer in use from which memories are merged; None: never
-        consolidate_to: float = 0.9,  # and the share that stays
+        consolidate_at: float | None = 1.0,  # the share of the buffer in use from which memories are merged; None: never
+        consolidate_to: float = 0.9,  # and the share that stays, where so many are nearly the same
+        drop: bool = False,  # whether the lowest ranked are dropped where they are not
     ):
         if type(every) is not int or every < 1:
             raise ValueError(f"every must be an int of 1 or more, got {every!r}")
@@ -194,7 +195,9 @@ class BackgroundOptimizer:
         if consolidate_at is not None and consolidate_to > consolidate_at:
             raise ValueError(f"consolidate_to must be at most consolidate_at={consolidate_at}, got {consolidate_to!r}")
         self.cmr_model, self.scheduler, self.every = cmr_model, scheduler, every
-        self.consolidate_at, self.consolidate_to = consolidate_at, consolidate_to
+        if not isinstance(drop, bool):
+            raise ValueError(f"drop must be True or False, got {drop!r}")  # noqa: TRY004  (as the other options)
+        self.consolidate_at, self.consolidate_to, self.drop = consolidate_at, consolidate_to, drop
         self._passes, self._pruned_at = 0, -1
         self._counts = dict.fromkeys(("consolidations", "merged", "dropped", "pruned_answers"), 0)
 
@@ -206,12 +209,12 @@ class BackgroundOptimizer:
             self.scheduler.submit(self.prune, name="prune")
 
     def consolidate(self) -> None:
-        "Merge memories when the buffer is nearly full."
+        "Merge memories when the buffer is full, or as full as `consolidate_at` says."
         buffer = self.cmr_model.engine.buffer
         total = buffer.max_total_entries
         if self.consolidate_at is None or buffer.count() < self.consolidate_at * total:
             return
-        done = buffer.consolidate(max(1, int(self.consolidate_to * total)))
+        done = buffer.consolidate(max(1, int(self.consolidate_to * total)), drop=self.drop)
         for name, count in (("consolidations", 1), ("merged", done["merged"]), ("dropped", done["dropped"])):
             self._counts[name] += count
 

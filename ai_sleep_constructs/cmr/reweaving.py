@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Recall', 'Recalled', 'joint_mask', 'Reweaver']
 
-# %% ../../nbs/cmr/reweaving.ipynb #55498d2b
+# %% ../../nbs/cmr/reweaving.ipynb #6c2e7c97
 import copy
 import sys
 from collections.abc import Callable, Iterable
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .layers import MemoryLayer, memory_layers
+from .layers import MemoryLayer, memory_layers, refresh_keys
 
 # %% ../../nbs/cmr/reweaving.ipynb #216bb158
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ def _thread(module: nn.Module) -> Any:
     held = vars(module).get("_memory_thread")
     return held if held is not None and held.owner() is module else None
 
-# %% ../../nbs/cmr/reweaving.ipynb #a7097c11
+# %% ../../nbs/cmr/reweaving.ipynb #8e634491
 def joint_mask(
     mask: Tensor | None,  # the window's: None for causal, else bool or additive, of shape [batch, 1, tokens, entries or more]
     recalled: Recalled,  # the memories
@@ -91,13 +91,15 @@ def _woven_attention(base: str) -> Callable[..., Any]:
             grouped = query.unflatten(1, (keys.shape[1], -1)).float() @ keys[:, :, None].float().transpose(-1, -2)
             weights = (grouped * options["scaling"] + joint[:, :, None].float()).softmax(-1)
             weaver.watch(layer, weights[..., : recalled.keys.shape[2]].mean(dim=(1, 2)))
+        if base == "eager":  # which also tells its weights
+            return _base(base, module)(module, query, keys, values, joint, **options)
         out = nn.functional.scaled_dot_product_attention(
             query, keys, values, attn_mask=joint, dropout_p=options.get("dropout") or 0.0, scale=options.get("scaling"), enable_gqa=True
         )
         return out.transpose(1, 2).contiguous(), None
     return attend
 
-# %% ../../nbs/cmr/reweaving.ipynb #24cb2e87
+# %% ../../nbs/cmr/reweaving.ipynb #37fdbedf
 class Reweaver:
     """
     The target layers of a model attend to what `recall` gives them, until `remove`. A context manager.
@@ -105,6 +107,9 @@ class Reweaver:
     `recall(layer, queries, positions)` gets the layer, its rotated queries of shape [batch, heads, tokens, head_dim] and
     their positions, int64 of shape [batch, tokens], and returns what to attend to, or None for nothing. `watch`, when set, is
     told (layer, weights) with the mean attention over heads that each memory got, float32 of shape [batch, tokens, memories].
+
+    With `output_attentions=True`, which needs eager attention, a layer that attended to memories gives the weights of both, of
+    shape [batch, heads, tokens, memories + entries], the memories first; the others give theirs, of shape [batch, heads, tokens, entries].
     """
 
     def __init__(
@@ -113,7 +118,7 @@ class Reweaver:
         recall: Recall,  # where memories come from
         layers: Iterable[int] | None = None,  # which layers attend to them; None: all
     ):
-        "ValueError for layers that there are not, are woven already, or whose attention is neither eager nor sdpa."
+        "ValueError for layers that there are not, are woven already, whose attention is neither eager nor sdpa, or for memories of another width."
         self.layers, self.recall = memory_layers(model, layers), recall
         self.watch: Callable[[MemoryLayer, Tensor], None] | None = None
         self._configs: list[tuple[Any, Any]] = []
@@ -122,6 +127,8 @@ class Reweaver:
             if base not in _BASES:
                 what = "has memories already; remove its Reweaver first" if _thread(layer.attention) is not None else f"attends by {base!r}"
                 raise ValueError(f"layers: {layer.block.name} {what}; allowed is the attention {' or '.join(_BASES)}")
+        if (buffer := getattr(recall, "buffer", None)) is not None:
+            refresh_keys(buffer, self.layers)  # weights may have changed since its memories were stored
         for layer in self.layers:
             attention = layer.attention
             name = f"memories_{attention.config._attn_implementation}"
@@ -131,6 +138,11 @@ class Reweaver:
             attention.config = copy.copy(attention.config)  # the model's own is shared, and says how masks are made
             attention.config._attn_implementation_internal = name
             vars(attention)["_memory_thread"] = _Thread(self, layer)
+
+    @property
+    def attached(self) -> bool:
+        "Whether the layers attend to memories."
+        return bool(self._configs)
 
     def remove(self) -> None:
         "Give the layers their own attention back. A second call does nothing."

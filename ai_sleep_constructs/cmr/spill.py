@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .rows import Memories, filtered, memories_at, similarity
 
-# %% ../../nbs/cmr/spill.ipynb #8d170ab8
+# %% ../../nbs/cmr/spill.ipynb #d60888ad
 _CHUNK = 8192  # memories that are compared at a time
 
 class Spill:
@@ -60,10 +60,18 @@ class Spill:
                 self._valid[layer] = torch.zeros(self.entries, dtype=torch.bool)
         number, written = len(memories["states"]), self.written.get(layer, 0)
         at = torch.arange(max(0, number - self.entries), number).add_(written) % self.entries
-        for name, value in memories.items():
-            self._columns[layer][name][at] = value[-self.entries :].cpu()
+        for name, column in self._columns[layer].items():
+            column[at] = memories[name][-self.entries :].cpu()
         self._valid[layer][at] = True
         self.written[layer] = written + number
+
+    def drop_field(
+        self,
+        layer: int,  # the layer
+        name: str,  # an extra field, which the memories of this layer do not have any more
+    ) -> None:
+        "Keep the memories of a layer without a field, as when what it was made with has changed."
+        self._columns.get(layer, {}).pop(f"field.{name}", None)
 
     def _mapped(self, kinds: Mapping[str, tuple[torch.Size, torch.dtype]]) -> dict[str, Tensor]:
         "A tensor of `entries` rows for each of these shapes and dtypes, all in a file without a name."

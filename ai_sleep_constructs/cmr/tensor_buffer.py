@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TensorBuffer']
 
-# %% ../../nbs/cmr/tensor_buffer.ipynb #df611a8a
+# %% ../../nbs/cmr/tensor_buffer.ipynb #f76b1760
 import itertools
 import math
 import time
@@ -16,10 +16,24 @@ import torch
 from torch import Tensor
 
 from .retention import Standing, policy
-from .rows import Fields, Memories, Rows, changes, encode, filtered, memories_at, place, row_bytes, similarity
+from ai_sleep_constructs.cmr.rows import (
+    Fields,
+    Memories,
+    Rows,
+    changes,
+    check_int,
+    check_number,
+    check_tensors,
+    filtered,
+    memories_at,
+    place,
+    row_bytes,
+    similarity,
+    stored_columns,
+)
 from .spill import Spill
 
-# %% ../../nbs/cmr/tensor_buffer.ipynb #7b8a983c
+# %% ../../nbs/cmr/tensor_buffer.ipynb #d3f1e59f
 _PRODUCTS = 2**24  # products of queries and memories that a search holds at a time
 
 class TensorBuffer:
@@ -45,8 +59,7 @@ class TensorBuffer:
         spill_entries: int = 100_000,  # evicted memories of one layer at most; the oldest go for good
     ):
         for name, value in (("max_entries_per_layer", max_entries_per_layer), ("max_total_entries", max_total_entries)):
-            if type(value) is not int or value < 1:
-                raise ValueError(f"{name} must be an int of 1 or more, got {value!r}")
+            check_int(name, value, 1)
         if isinstance(cleanup_threshold, bool) or not isinstance(cleanup_threshold, (int, float)) or not 0 < cleanup_threshold <= 1:
             raise ValueError(f"cleanup_threshold must be in (0, 1], got {cleanup_threshold!r}")
         if dtype not in (torch.float32, torch.float16, torch.bfloat16, torch.int8):
@@ -55,6 +68,7 @@ class TensorBuffer:
         self.eviction_strategy, self.cleanup_threshold = eviction_strategy, cleanup_threshold
         self._policy = policy(eviction_strategy)
         self.dtype, self.device, self.fields, self.seed = dtype, torch.device(device), dict(fields or {}), seed
+        self._shapes: dict[tuple[int, str], tuple[int, ...]] = {}  # of fields, by layer and name, where they are others than in `fields`
         self.spill = None if spill is None else Spill(spill, spill_entries)
         self.layers: dict[int, Rows] = {}
         self._since = next(changes)  # the change that made these layers
@@ -72,6 +86,7 @@ class TensorBuffer:
         layer_idx: int | None = None,  # only this layer
     ) -> int:
         "How many memories there are."
+        check_int("layer_idx", layer_idx, none=True)
         if layer_idx is None:
             return len(self)
         return self.layers[layer_idx].count if layer_idx in self.layers else 0
@@ -131,15 +146,21 @@ class TensorBuffer:
         Store memories and return their rows, int64 of shape [memories], -1 for those that did not stand against the others.
 
         Raises ValueError, before anything changed, for shapes that do not fit, values that are not finite, scores outside
-        [0, 1] and missing fields.
+        [0, 1] and missing fields, TypeError for what is no tensor.
         """
-        columns = self._checked(hidden_states, layer_idx, position_idx, relevance_score, sequence_id, fields or {})
+        check_int("layer_idx", layer_idx)
+        check_int("sequence_id", sequence_id, -(2**23), 2**23 - 1)
+        width = self.layers[layer_idx]["states"].shape[1] if layer_idx in self.layers else None
+        columns = stored_columns(
+            hidden_states, position_idx, relevance_score, fields or {}, layer=layer_idx, width=width, kinds=self._fields(layer_idx), dtype=self.dtype,
+            device=self.device,
+        )
         number = len(hidden_states)
         if not number:
             return torch.empty(0, dtype=torch.int64, device=self.device)
         rows = self.layers.get(layer_idx)
         if rows is None:
-            rows = self.layers[layer_idx] = self._rows(hidden_states.shape[1])
+            rows = self.layers[layer_idx] = self._rows(layer_idx, hidden_states.shape[1])
         rows.clock += number
         columns["stored"] = columns["touched"] = torch.arange(rows.clock - number + 1, rows.clock + 1, device=self.device)
         columns["lot"] = torch.rand(number, generator=self._lots).to(self.device)
@@ -151,8 +172,29 @@ class TensorBuffer:
         self.statistics["insertions"] += number
         return slots if kept is None else slots.new_full((number,), -1).index_copy_(0, kept, slots)
 
-    def _rows(self, hidden: int) -> Rows:
-        return Rows(min(self.max_entries_per_layer, self.max_total_entries), hidden, self.dtype, self.device, self.fields)
+    def _rows(self, layer: int, hidden: int) -> Rows:
+        return Rows(min(self.max_entries_per_layer, self.max_total_entries), hidden, self.dtype, self.device, self._fields(layer))
+
+    def _fields(self, layer: int) -> Fields:
+        return {name: (self._shapes.get((layer, name), shape), kind) for name, (shape, kind) in self.fields.items()}
+
+    @torch.no_grad()
+    def replace_field(
+        self,
+        layer_idx: int,  # the layer
+        name: str,  # one of the extra fields
+        values: Tensor,  # for the memories of `layers[layer_idx].slots()`, of shape [memories, *any]: what is stored later has this shape too
+    ) -> None:
+        "Give the memories of a layer other values of a field. Memories that were spilled have it no more. ValueError for another number."
+        rows = self.layers.get(layer_idx)
+        count = 0 if rows is None else rows.count
+        if name not in self.fields or len(values) != count:
+            raise ValueError(f"values must be {count}, of one of the fields {sorted(self.fields)}, got {len(values)} of {name!r}")
+        self._shapes[layer_idx, name] = tuple(values.shape[1:])
+        if rows is not None:
+            rows.replace(f"field.{name}", values)
+        if self.spill is not None:
+            self.spill.drop_field(layer_idx, name)
 
     def _compete(self, layer: int, new: Mapping[str, Tensor]) -> Tensor | None:
         "Make room in a layer; which of the new ones stay, None for all."
@@ -187,40 +229,6 @@ class TensorBuffer:
                 self.statistics["evictions"] += len(mine)
         return losers[losers >= ends[-1]] - ends[-1]
 
-    def _checked(
-        self, states: Tensor, layer: int, position: Tensor, relevance: Tensor, sequence: int, extra: Mapping[str, Tensor]
-    ) -> dict[str, Tensor]:
-        "The columns that new memories bring."
-        if type(layer) is not int:
-            raise ValueError(f"layer_idx must be an int, got {layer!r}")
-        if isinstance(sequence, bool) or not isinstance(sequence, int) or not -(2**23) <= sequence < 2**23:
-            raise ValueError(f"sequence_id must be an int from -2**23 to 2**23 - 1, got {sequence!r}")
-        if states.ndim != 2 or not states.is_floating_point():
-            raise ValueError(f"hidden_states must be floats of shape [memories, hidden], got {states.dtype} {list(states.shape)}")
-        width = self.layers[layer]["states"].shape[1] if layer in self.layers else states.shape[1]
-        if states.shape[1] != width:
-            raise ValueError(f"hidden_states of layer {layer} have {width} channels, got {states.shape[1]}")
-        position = torch.as_tensor(position, device=self.device)
-        relevance = torch.as_tensor(relevance, dtype=torch.float32, device=self.device)
-        for name, value in (("position_idx", position), ("relevance_score", relevance)):
-            if value.shape != states.shape[:1]:
-                raise ValueError(f"{name} must have shape {list(states.shape[:1])}, got {list(value.shape)}")
-        if position.is_floating_point() or position.dtype == torch.bool:
-            raise ValueError(f"position_idx must be integers, got {position.dtype}")
-        columns = encode(states.to(self.device), self.dtype)
-        if not bool((columns["scale"] > 0).all()):  # the norm says it in one pass
-            wrong = int((~columns["states"].isfinite()).sum())
-            raise ValueError(f"hidden_states must be finite in {self.dtype}, got {wrong} non-finite values, or norms that are too large")
-        if not torch.equal(relevance.clamp(0, 1), relevance):
-            raise ValueError(f"relevance_score must be in [0, 1], got {float(relevance.min())}..{float(relevance.max())}")
-        if set(extra) != set(self.fields):
-            raise ValueError(f"fields must be {sorted(self.fields)}, got {sorted(extra)}")
-        for name, value in extra.items():
-            columns[f"field.{name}"] = value = torch.as_tensor(value, device=self.device)
-            if value.shape != (len(states), *self.fields[name][0]):
-                raise ValueError(f"fields: {name} must have shape {[len(states), *self.fields[name][0]]}, got {list(value.shape)}")
-        return {**columns, "position": position, "relevance": relevance}
-
     # searching
 
     @torch.no_grad()
@@ -240,8 +248,9 @@ class TensorBuffer:
         The most similar memories of each query, best first: similarities, float32, and rows, int64, of shape [queries, min(k,
         memories)]. Where fewer memories qualify, the rest has the similarity -inf. One matrix product and one top-k.
         """
+        check_int("layer_idx", layer_idx)
         rows = self.layers.get(layer_idx)
-        queries = self._asked(queries, None if rows is None else rows["states"].shape[1], k, metric)
+        queries = self._asked(queries, None if rows is None else rows["states"].shape[1], k, metric, (min_relevance, sequence, exclude_sequence))
         if rows is None or not rows.count:
             return torch.empty(len(queries), 0, device=self.device), torch.empty(len(queries), 0, dtype=torch.int64, device=self.device)
         hidden = filtered(rows.columns, slice(rows.filled), min_relevance, sequence, exclude_sequence)
@@ -259,12 +268,17 @@ class TensorBuffer:
             self.touch(layer_idx, where if hidden is None else where[found > -torch.inf])
         return found, where
 
-    def _asked(self, queries: Tensor, width: int | None, k: int, metric: str) -> Tensor:
+    def _asked(
+        self, queries: Tensor, width: int | None, k: int, metric: str, wanted: tuple[float, int | None, int | None]
+    ) -> Tensor:
         "Queries as they are compared."
+        check_tensors(queries=queries)
+        check_number("min_relevance", wanted[0])
+        check_int("sequence", wanted[1], none=True)
+        check_int("exclude_sequence", wanted[2], none=True)
         if metric not in ("cosine", "dot"):
             raise ValueError(f"metric must be cosine or dot, got {metric!r}")
-        if type(k) is not int or k < 1:
-            raise ValueError(f"k must be an int of 1 or more, got {k!r}")
+        check_int("k", k, 1)
         if queries.ndim != 2 or not queries.is_floating_point() or queries.shape[1] != (width or queries.shape[1]):
             raise ValueError(f"queries must be floats of shape [queries, {width or 'hidden'}], got {queries.dtype} {list(queries.shape)}")
         queries = queries.to(self.device, torch.float32 if self.dtype == torch.int8 else self.dtype)
@@ -292,8 +306,10 @@ class TensorBuffer:
         """
         if self.spill is None:
             raise ValueError("spill: this buffer keeps nothing of what it evicts; give it a folder")
-        asked = self._asked(queries, self.spill.width(layer_idx), k, metric)
-        found, kept = self.spill.search(asked.cpu(), layer_idx, k, metric, (min_relevance, sequence, exclude_sequence))
+        check_int("layer_idx", layer_idx)
+        wanted = min_relevance, sequence, exclude_sequence
+        asked = self._asked(queries, self.spill.width(layer_idx), k, metric, wanted)
+        found, kept = self.spill.search(asked.cpu(), layer_idx, k, metric, wanted)
         fields = {name: value.to(self.device) for name, value in kept.fields.items()}
         states, positions, sequences, relevance = (x.to(self.device) for x in (kept.states, kept.positions, kept.sequences, kept.relevance))
         return found.to(self.device), Memories(states, positions, sequences, relevance, fields)
@@ -304,7 +320,8 @@ class TensorBuffer:
         slots: Tensor,  # rows, int64 of any shape; the same one may come several times
     ) -> None:
         "Count a retrieval of these rows."
-        rows, slots = self.layers[layer_idx], slots.flatten()
+        rows = self._at(layer_idx, slots)
+        slots = slots.flatten()
         rows["touched"].index_fill_(0, slots, rows.clock)
         rows["last_access"].index_fill_(0, slots, time.time())
         rows["accesses"].index_add_(0, slots, torch.ones_like(slots))
@@ -315,6 +332,7 @@ class TensorBuffer:
         layer_idx: int,  # the layer
     ) -> Tensor:
         "Its rows that hold a memory, by the order of storing, int64 of shape [memories]."
+        check_int("layer_idx", layer_idx)
         rows = self.layers.get(layer_idx)
         if rows is None:
             return torch.empty(0, dtype=torch.int64, device=self.device)
@@ -327,7 +345,17 @@ class TensorBuffer:
         slots: Tensor,  # its rows, int64 of any shape
     ) -> Memories:
         "What is in these rows."
-        return memories_at(self.layers[layer_idx].columns, slots)
+        return memories_at(self._at(layer_idx, slots).columns, slots)
+
+    def _at(self, layer: int, slots: Tensor) -> Rows:
+        "The rows of a layer, of which these are asked for."
+        check_int("layer_idx", layer)
+        if layer not in self.layers:
+            raise ValueError(f"layer_idx must be a layer with memories, one of {sorted(self.layers)}, got {layer!r}")
+        check_tensors(slots=slots)
+        if slots.dtype != torch.int64:
+            raise ValueError(f"slots must be int64, got {slots.dtype}")
+        return self.layers[layer]
 
     def neighbourhood(
         self,
@@ -337,14 +365,15 @@ class TensorBuffer:
         after: int = 0,  # and after it
     ) -> Tensor:
         "The rows of the tokens around each in the same text, int64 of shape [..., before + 1 + after]; -1 where there is none."
-        rows = self.layers[layer_idx]
+        rows = self._at(layer_idx, slots)
+        check_int("before", before, 0)
+        check_int("after", after, 0)
         self.statistics["cache_hits" if rows.ordered else "cache_misses"] += 1
         keys, order = rows.order()
         steps = torch.arange(-before, after + 1, device=self.device)
         wanted = place(rows["sequence"][slots], rows["position"][slots])[..., None] + steps
         at = torch.searchsorted(keys, wanted).clamp_max(len(keys) - 1)
         return torch.where((keys[at] == wanted) & (slots >= 0)[..., None], order[at], -1)
-
 
     # forgetting
 
@@ -353,6 +382,7 @@ class TensorBuffer:
         sequence_id: int,  # the text
     ) -> int:
         "Forget a text, what was spilled of it too, and return how many memories went."
+        check_int("sequence_id", sequence_id)
         gone = self.spill.forget(sequence_id) if self.spill is not None else 0
         for rows in self.layers.values():
             slots = rows.slots()

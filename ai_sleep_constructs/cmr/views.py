@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['holdings', 'Draws']
 
-# %% ../../nbs/cmr/views.ipynb #91ff7ff4
+# %% ../../nbs/cmr/views.ipynb #127b4264
 import html
 from types import TracebackType
 from typing import Any
@@ -18,6 +18,7 @@ from .buffer import TensorBuffer
 from .layers import MemoryLayer
 from .recall import BufferRecall
 from .reweaving import Reweaver
+from .rows import check_int, check_tensors
 
 # %% ../../nbs/cmr/views.ipynb #4d65ceef
 def holdings(
@@ -34,7 +35,7 @@ def holdings(
         }))
     return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=["layer", "sequence", "position", "relevance", "age", "accesses"])
 
-# %% ../../nbs/cmr/views.ipynb #9bef4fe0
+# %% ../../nbs/cmr/views.ipynb #970f8bff
 class Draws:
     "Notes which memories are drawn on, inside a `with` block."
 
@@ -43,6 +44,8 @@ class Draws:
         weaver: Reweaver,  # the layers that attend, such as `stream.weaver` or `engine.weaver`
         recall: BufferRecall,  # where their memories come from
     ):
+        if not isinstance(weaver, Reweaver):
+            raise TypeError(f"weaver must be the Reweaver of a stream or an engine with its hooks on, got {weaver!r}")
         self.weaver, self.recall = weaver, recall
         self.passes: list[dict[str, Any]] = []  # layer, positions of the memories, and weights of shape [tokens, memories], by pass
 
@@ -55,6 +58,8 @@ class Draws:
         })
 
     def __enter__(self) -> "Draws":
+        if not self.weaver.attached:
+            raise RuntimeError("weaver: it was removed, so nothing attends to its memories; make it anew, as by opening the stream again")
         if self.weaver.watch is not None:
             raise RuntimeError("weaver: it is watched already")
         self.weaver.watch = self._note
@@ -70,7 +75,15 @@ class Draws:
         sequence: int = 0,  # the remembered text
         token: int | None = None,  # only of this token among those that were read meanwhile, negative ones from the end; None: their mean
     ) -> Tensor:
-        "How much attention each token of a remembered text got, float32 of shape [length]."
+        """
+        How much attention each token of a remembered text got, float32 of shape [length].
+
+        ValueError for a length below 1, and for a layer or a token that were not read meanwhile.
+        """
+        check_int("length", length, 1)
+        check_int("sequence", sequence)
+        if layer is not None and layer not in (layers := sorted({p["layer"] for p in self.passes})):
+            raise ValueError(f"layer must be one of those that drew on memories, {layers}, got {layer!r}")
         chosen = [p for p in self.passes if layer is None or p["layer"] == layer]
         total, read = torch.zeros(length), 0
         by_layer: dict[int, list[dict[str, Any]]] = {}
@@ -78,6 +91,8 @@ class Draws:
             by_layer.setdefault(one["layer"], []).append(one)
         for passes in by_layer.values():
             tokens = sum(len(p["weights"]) for p in passes)
+            if token is not None and (type(token) is not int or not -tokens <= token < tokens):
+                raise ValueError(f"token must be an int in {-tokens}..{tokens - 1}, one of those that were read meanwhile, got {token!r}")
             read, start, at = read + (tokens if token is None else 1), 0, None if token is None else token % max(tokens, 1)
             for one in passes:
                 weights = one["weights"]
@@ -95,6 +110,7 @@ class Draws:
         **which: Any,  # arguments of `weights`
     ) -> str:
         "The remembered text; the darker a token, the more was drawn on it."
+        check_tensors(ids=ids)
         shares = self.weights(len(ids), **which)
         strong = shares / shares.max().clamp_min(1e-9)
         spans = "".join(

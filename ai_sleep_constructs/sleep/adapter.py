@@ -6,7 +6,7 @@
 __all__ = ['MANAGED', 'SCHEDULES', 'Completion', 'complete', 'HuggingFaceModelAdapter', 'create_sleep_enabled_model',
            'configure_optimal_sleep_schedule']
 
-# %% ../../nbs/sleep/adapter.ipynb #94353e10
+# %% ../../nbs/sleep/adapter.ipynb #5311e3cb
 import logging
 import math
 import time
@@ -21,7 +21,7 @@ from transformers import DynamicCache
 from .controller import AISleepController
 from .head_surgery import save_pruned
 from .modes import SleepMode, SleepTrigger
-from .session import Session, cache_nbytes
+from .session import Session, bare_model, cache_nbytes
 
 # %% ../../nbs/sleep/adapter.ipynb #d3322faf
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ def complete(
     written = nn.functional.cross_entropy(torch.cat(output.logits).float(), tokens, reduction="none")
     return Completion(tokens.cpu(), torch.cat([read, written]).cpu(), cache)
 
-# %% ../../nbs/sleep/adapter.ipynb #dbd963cc
+# %% ../../nbs/sleep/adapter.ipynb #7d4c5f27
 _log = logging.getLogger(__name__)
 
 class HuggingFaceModelAdapter:
@@ -96,7 +96,7 @@ class HuggingFaceModelAdapter:
 
     def __init__(
         self,
-        model: nn.Module | None,  # the model, or None for a state machine without one
+        model: nn.Module | None,  # the model, with memories or not, or None for a state machine without one
         model_id: str,  # its name
         enable_monitoring: bool = True,  # whether to keep a performance monitor
         auto_adapt: bool = True,  # whether strategies that adapt training are run
@@ -105,7 +105,8 @@ class HuggingFaceModelAdapter:
         controller: AISleepController | None = None,  # one to go on with, such as a loaded one, instead of a new one
         **binding: Any,  # further arguments of `AISleepController.bind`, such as guard= and calibration=
     ):
-        self.model, self.model_id, self.tokenizer = model, model_id, tokenizer
+        self.model, self.model_id = bare_model(model), model_id
+        self.tokenizer = getattr(model, "tokenizer", None) if tokenizer is None else tokenizer
         if controller is not None and not isinstance(controller, AISleepController):
             raise TypeError(f"controller must be an AISleepController, got {type(controller).__name__}")
         if controller is not None and controller.model_id != model_id:
@@ -113,7 +114,7 @@ class HuggingFaceModelAdapter:
         self.controller = AISleepController(model_id, enable_monitoring, auto_adapt) if controller is None else controller
         self.session = None if model is None else Session(model)
         if model is not None:
-            self.controller.bind(model, tokenizer, session=self.session, **binding)
+            self.controller.bind(model, self.tokenizer, session=self.session, **binding)
         self.sleep_enabled = False
         self._warned = False
 

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['PARTS', 'Binding']
 
-# %% ../../nbs/sleep/binding.ipynb #79cd29cc
+# %% ../../nbs/sleep/binding.ipynb #4c6681db
 import threading
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, Self
 
 from torch import Tensor, nn
@@ -16,12 +16,12 @@ from torch.optim import Optimizer
 
 from .guard import GuardSet, sample_sequences
 from .monitor import LMPerformanceMonitor
-from .session import Session
+from .session import Session, bare_model, reads_with_memories
 from .state import LMModelState
 from .strategies.base import Consolidatable
 from .triggers import Waking
 
-# %% ../../nbs/sleep/binding.ipynb #b6b825cd
+# %% ../../nbs/sleep/binding.ipynb #8e79a702
 PARTS = ("model", "session", "guard", "calibration", "optimizer", "scheduler", "day", "stores", "health")
 
 class Binding:
@@ -39,7 +39,7 @@ class Binding:
         self.optimizer: Optimizer | None = None
         self.scheduler: Any = None
         self.day: Tensor | None = None
-        self.stores: dict[str, Consolidatable] = {}
+        self.stores: dict[str, Any] = {}
         self.health: Any = None
         self.waking = Waking(performance_monitor)
         self._learning_rate: float | None = None
@@ -47,7 +47,7 @@ class Binding:
 
     def bind(
         self,
-        model: nn.Module | None,  # a causal language model of `transformers`; None unbinds
+        model: nn.Module | None,  # a causal language model of `transformers`, or one with memories; None unbinds
         tokenizer: Any = None,  # its tokenizer, needed for a guard set or calibration text made here
         *,
         session: Session | None = None,  # the session that serves, whose cache light sleep works on
@@ -56,7 +56,7 @@ class Binding:
         optimizer: Optimizer | None = None,  # the optimizer that trains the model
         scheduler: Any = None,  # the scheduler of that optimizer
         day: Tensor | None = None,  # what the model lived through, int64 [N, T]; by default what the session served
-        stores: dict[str, Consolidatable] | None = None,  # memories that deep sleep may consolidate, by name
+        stores: dict[str, Any] | None = None,  # what deep sleep may consolidate, by name: `Consolidatable`, or models with memories
         health: Any = None,  # what the model is like when healthy; see `sleep.health`
         sequences: int = 16,  # guard sequences, and as many of calibration, when they are made here
         length: int = 256,  # tokens of each
@@ -67,7 +67,11 @@ class Binding:
 
         With a tokenizer and no texts the guard set is made from the `guard` split of the Python corpus, the calibration
         text from its `train` split. Without a guard set every change is kept unmeasured, and a warning says so.
+        A model with memories joins the stores as `memories`; these are laid aside during a night.
         """
+        if reads_with_memories(model):
+            tokenizer = getattr(model, "tokenizer", None) if tokenizer is None else tokenizer
+            stores, model = {"memories": model, **(stores or {})}, bare_model(model)
         if model is not None and not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module or None, got {type(model).__name__}")
         if session is not None and session.model is not model:
@@ -120,11 +124,35 @@ class Binding:
         with self._lock:
             self._learning_rate = self.learning_rate  # of the optimizer that may be leaving
             if "model" in parts:
-                self.model_state.bind(parts.pop("model"))
+                self.model_state.bind(bare_model(parts.pop("model")))
             for name, part in parts.items():
                 setattr(self, name, dict(part or {}) if name == "stores" else part)
             self.waking.session = self.session
         return self
+
+    @property
+    def consolidatable(self) -> dict[str, Consolidatable]:
+        "The stores by name, each as what can be consolidated."
+        return {name: store.memory_buffer if reads_with_memories(store) else store for name, store in self.stores.items()}
+
+    @property
+    def readers(self) -> tuple[Any, ...]:
+        "The models with memories among the stores that read with them now."
+        return tuple(store for store in self.stores.values() if reads_with_memories(store) and store.memory_enabled)
+
+    def without_memories(
+        self,
+        work: Callable[[], None],  # what to do
+    ) -> None:
+        "Do it while nothing is remembered or recalled; after it, and after an error too, models read with their memories again."
+        readers = self.readers
+        try:
+            for reader in readers:
+                reader.remove_memory_hooks()
+            work()
+        finally:
+            for reader in readers:
+                reader.register_memory_hooks()
 
     @property
     def learning_rate(self) -> float | None:

@@ -28,7 +28,7 @@ from .strategies.base import SleepContext, Strategy, StrategyReport, run_transac
 from .transition_guards import Transition, refusal, transition_guards
 from .triggers import Threshold, Waking, check_threshold, fired
 
-# %% ../../nbs/sleep/controller.ipynb #4c9dc729
+# %% ../../nbs/sleep/controller.ipynb #83bd3017
 EVENTS = ("on_sleep_start", "on_sleep_end", "on_optimization_complete")
 KIND = "AISleepController"
 _log = logging.getLogger(__name__)
@@ -163,7 +163,7 @@ class AISleepController(Binding):
             began = time.monotonic()
             try:
                 self._busy = True
-                (self._execute_light_sleep if mode is SleepMode.LIGHT_SLEEP else self._execute_deep_sleep)()
+                self.without_memories(self._execute_light_sleep if mode is SleepMode.LIGHT_SLEEP else self._execute_deep_sleep)
             except BaseException:
                 self._wake()
                 raise
@@ -195,7 +195,7 @@ class AISleepController(Binding):
     def _may(self, target: SleepMode, trigger: SleepTrigger | None) -> bool:
         state = self.model_state
         step = Transition(
-            state.current_mode, target, trigger, self._busy, state.model, self.session, self.optimizer, self.waking
+            state.current_mode, target, trigger, self._busy, state.model, self.session, self.optimizer, self.waking, self.readers
         )
         self.last_refusal = refusal(self.transition_guards, step)
         if self.last_refusal:
@@ -234,7 +234,7 @@ class AISleepController(Binding):
         context = SleepContext(
             self.model_state, self.model_state.model, self.session, self.guard, self.calibration,
             deadline=time.monotonic() + self.reports[-1].duration, optimizer=self.optimizer, scheduler=self.scheduler,
-            day=self.day, stores=self.stores, health=self.health,
+            day=self.day, stores=self.consolidatable, health=self.health,
         )
         doubted = self._doubted(mode)
         strategies = build_strategies(mode, config)

@@ -36,7 +36,7 @@ def copied_session(
 def _kept(report: SleepReport) -> bool:
     return any(s.status == "committed" for s in report.strategies)
 
-# %% ../../nbs/sleep/service.ipynb #d8e5b07b
+# %% ../../nbs/sleep/service.ipynb #af986d59
 class SleepService(AnswerService):
     """
     Answers requests from several threads while its model sleeps and wakes.
@@ -151,6 +151,8 @@ class SleepService(AnswerService):
     def _on_a_copy(self, *args: Any) -> SleepReport:
         controller = self.controller
         with controller.awake():
+            if controller.readers:
+                raise ValueError("a model that reads with memories cannot sleep as a copy; use while_asleep='queue'")
             if controller.optimizer is not None:
                 raise ValueError("a bound optimizer trains the model and not its copy; use while_asleep='queue' or unbind it")
             old, session = self._live.model, controller.session
