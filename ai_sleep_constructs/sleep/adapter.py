@@ -106,7 +106,7 @@ class HuggingFaceModelAdapter:
         **binding: Any,  # further arguments of `AISleepController.bind`, such as guard= and calibration=
     ):
         self.model, self.model_id = bare_model(model), model_id
-        self.tokenizer = getattr(model, "tokenizer", None) if tokenizer is None else tokenizer
+        self.tokenizer: Any = getattr(model, "tokenizer", None) if tokenizer is None else tokenizer
         if controller is not None and not isinstance(controller, AISleepController):
             raise TypeError(f"controller must be an AISleepController, got {type(controller).__name__}")
         if controller is not None and controller.model_id != model_id:
