@@ -88,7 +88,7 @@ def complete(
     written = nn.functional.cross_entropy(torch.cat(output.logits).float(), tokens, reduction="none")
     return Completion(tokens.cpu(), torch.cat([read, written]).cpu(), cache)
 
-# %% ../../nbs/sleep/adapter.ipynb #7d4c5f27
+# %% ../../nbs/sleep/adapter.ipynb #1eb9c1e8
 _log = logging.getLogger(__name__)
 
 class HuggingFaceModelAdapter:
@@ -106,7 +106,7 @@ class HuggingFaceModelAdapter:
         **binding: Any,  # further arguments of `AISleepController.bind`, such as guard= and calibration=
     ):
         self.model, self.model_id = bare_model(model), model_id
-        self.tokenizer = getattr(model, "tokenizer", None) if tokenizer is None else tokenizer
+        self.tokenizer: Any = getattr(model, "tokenizer", None) if tokenizer is None else tokenizer
         if controller is not None and not isinstance(controller, AISleepController):
             raise TypeError(f"controller must be an AISleepController, got {type(controller).__name__}")
         if controller is not None and controller.model_id != model_id:

@@ -69,7 +69,7 @@ def bare_model(model: Any) -> Any:
     "The causal language model itself, where it comes with memories around it."
     return model.model if reads_with_memories(model) else model
 
-# %% ../../nbs/sleep/session.ipynb #93f34734
+# %% ../../nbs/sleep/session.ipynb #8ec68b2f
 class Session:
     """
     One running conversation of a causal language model: its cache, its true position, and what it served last.
@@ -165,7 +165,7 @@ class Session:
         ids = torch.as_tensor(input_ids)
         if not ids.numel():
             return None
-        embedding: Any = self.model.get_input_embeddings()  # type: ignore[operator]
+        embedding: Any = self.model.get_input_embeddings()
         known = embedding.num_embeddings
         if ids.is_floating_point() or ids.ndim != 1 or int(ids.min()) < 0 or int(ids.max()) >= known:
             raise ValueError(f"input_ids must be of shape [T] with integers in 0..{known - 1}, got {ids.dtype} {list(ids.shape)}")
