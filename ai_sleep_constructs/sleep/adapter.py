@@ -88,7 +88,7 @@ def complete(
     written = nn.functional.cross_entropy(torch.cat(output.logits).float(), tokens, reduction="none")
     return Completion(tokens.cpu(), torch.cat([read, written]).cpu(), cache)
 
-# %% ../../nbs/sleep/adapter.ipynb #7d4c5f27
+# %% ../../nbs/sleep/adapter.ipynb #1eb9c1e8
 _log = logging.getLogger(__name__)
 
 class HuggingFaceModelAdapter:

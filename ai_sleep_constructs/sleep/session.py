@@ -69,7 +69,7 @@ def bare_model(model: Any) -> Any:
     "The causal language model itself, where it comes with memories around it."
     return model.model if reads_with_memories(model) else model
 
-# %% ../../nbs/sleep/session.ipynb #61787f02
+# %% ../../nbs/sleep/session.ipynb #8ec68b2f
 class Session:
     """
     One running conversation of a causal language model: its cache, its true position, and what it served last.
