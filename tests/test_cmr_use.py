@@ -145,6 +145,14 @@ def test_a_hint_where_memories_cannot_show(llama):
     assert "in pieces" in windowed(ids(1, 60)).memory_info["hint"]
 
 
+def test_a_hint_where_the_logit_cache_has_no_say(llama):
+    model = IntegratedCMRModel(None, {**ALL, "logit_cache": 200}, model=llama)
+    with torch.no_grad():
+        model(ids(1, 60))
+        assert model(ids(1, 60, seed=2)).memory_info["hint"] is None
+    assert "torch.no_grad()" in model(ids(1, 60, seed=2)).memory_info["hint"]
+
+
 # Mistakes
 
 

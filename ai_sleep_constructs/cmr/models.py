@@ -32,7 +32,7 @@ from .streaming import MemoryStream
 from ..reference.files import replacing_folder
 from ..reference.loading import load_model, no_progress_bars
 
-# %% ../../nbs/cmr/models.ipynb #b78afb21
+# %% ../../nbs/cmr/models.ipynb #110dcf92
 class CMRTransformer(nn.Module):
     """
     A pretrained causal language model that remembers what it reads once `register_memory_hooks` was called.
@@ -151,7 +151,10 @@ class CMRTransformer(nn.Module):
         ))
 
     def _hint(self, recalled: Mapping[int, int]) -> str | None:
-        "Why memories of this pass had no effect."
+        "Why memories of this pass had no effect, or only a part of it."
+        cache = self.engine.cache
+        if self.memory_enabled and cache is not None and cache.buffer.count() and torch.is_grad_enabled():
+            return "gradients are recorded, so the logit cache has no say: what is trained is the model; read under torch.no_grad()"
         if not self.memory_enabled or not self.engine.stored or any(recalled.values()):
             return None
         if self.memory_config.window is None:
