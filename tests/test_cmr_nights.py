@@ -78,7 +78,7 @@ def test_a_night_is_no_memory_and_the_model_reads_on_with_what_it_had(model, how
         model.remove_memory_hooks()
         fresh = IntegratedCMRModel(None, MEMORY, model=inner)
         fresh.memory_buffer.restore(saved)
-        fresh.engine.next_sequence = model.engine.next_sequence - 1
+        fresh.engine.texts.next_sequence = model.engine.next_sequence - 1
         assert torch.equal(fresh(asked).logits, logits)
         fresh.remove_memory_hooks()
         assert not torch.equal(model(asked).logits, logits)
