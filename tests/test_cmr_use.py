@@ -10,6 +10,8 @@ from ai_sleep_constructs.cmr import CMRTransformer, FullCMRModel, IntegratedCMRM
 from ai_sleep_constructs.cmr.recall import BufferRecall
 from ai_sleep_constructs.cmr.tensor_buffer import TensorBuffer
 from ai_sleep_constructs.reference.loading import load_model
+from ai_sleep_constructs.reference.architecture import attention_blocks
+from ai_sleep_constructs.sleep.head_surgery import prune_groups
 from families import FAMILIES
 
 ALL = {"target_layers": [1, 2], "relevance_threshold": 0.0, "scoring_method": "surprise", "max_states_per_layer": 500, "places": "clamped"}
@@ -151,6 +153,18 @@ def test_a_hint_where_the_logit_cache_has_no_say(llama):
         model(ids(1, 60))
         assert model(ids(1, 60, seed=2)).memory_info["hint"] is None
     assert "torch.no_grad()" in model(ids(1, 60, seed=2)).memory_info["hint"]
+
+
+@torch.no_grad()
+def test_a_model_with_heads_cut_out_is_saved_as_it_is(reference, tmp_path):
+    cut = load_model("reference", dtype=torch.float32)
+    prune_groups(attention_blocks(cut.model)[4], [1])
+    model = IntegratedCMRModel(None, {**ALL, "target_layers": [4, 5]}, model=cut.model, tokenizer=cut.tokenizer)
+    model(ids(1, 60))
+    again = IntegratedCMRModel.from_pretrained(model.save_pretrained(tmp_path / "cut"), dtype=torch.float32)
+    with model.reading_only(), again.reading_only():
+        asked = ids(1, 9, seed=4)
+        assert torch.equal(again(asked).logits, model(asked).logits)
 
 
 # Mistakes

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CMRTransformer', 'IntegratedCMRModel', 'MistralCMRModel']
 
-# %% ../../nbs/cmr/models.ipynb #d9ac033c
+# %% ../../nbs/cmr/models.ipynb #8a92f810
 import copy
 import dataclasses
 import json
@@ -30,9 +30,10 @@ from .logit_cache import LogitCache
 from .recall import BufferRecall
 from .streaming import MemoryStream
 from ..reference.files import replacing_folder
+from ..reference.pruned import layers_left, write_manifest
 from ..reference.loading import load_model, no_progress_bars
 
-# %% ../../nbs/cmr/models.ipynb #110dcf92
+# %% ../../nbs/cmr/models.ipynb #5523b74c
 class CMRTransformer(nn.Module):
     """
     A pretrained causal language model that remembers what it reads once `register_memory_hooks` was called.
@@ -310,6 +311,9 @@ class CMRTransformer(nn.Module):
                     "whitening": None if cache is None else {k: v.tolist() for k, v in cache.whitening.state_dict().items()},
                 }
                 (beside / "cmr.json").write_text(json.dumps(record), encoding="utf-8")
+                layers = layers_left(self.model)
+                if any(layer["groups"] != len(layer["kept"]) for layer in layers):
+                    write_manifest(beside, layers)  # heads were cut out of it
                 (beside / "scorer.json").write_text(json.dumps(self.engine.scorer.state_dict()), encoding="utf-8")
         finally:
             if hooked:

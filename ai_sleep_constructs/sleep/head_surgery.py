@@ -6,7 +6,7 @@
 __all__ = ['HeadMask', 'heads_of_groups', 'touched_modules', 'check_prunable', 'prune_groups', 'HeadSnapshot', 'pruned_layers',
            'save_pruned']
 
-# %% ../../nbs/sleep/head_surgery.ipynb #f39b6281
+# %% ../../nbs/sleep/head_surgery.ipynb #ac108935
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..reference.files import replacing_folder
 from ..reference.loading import no_progress_bars
-from ..reference.pruned import cut_groups, groups_left, write_manifest
+from ..reference.pruned import cut_groups, layers_left, write_manifest
 from ..reference.architecture import AttentionBlock, attention_blocks
 from .snapshot import ModuleSnapshot
 
@@ -140,17 +140,14 @@ class HeadSnapshot:
                 delattr(module, name)
             vars(module).update({k: v for k, v in values.items() if isinstance(v, tuple)})
 
-# %% ../../nbs/sleep/head_surgery.ipynb #8a738cf0
+# %% ../../nbs/sleep/head_surgery.ipynb #68e21e33
 def pruned_layers(
     model: Any,  # a causal language model of `transformers`, pruned or not
 ) -> list[dict[str, Any]]:
     "The entries of a manifest: which groups each attention block still has. TypeError when the heads are quantised."
-    layers = []
     for block in attention_blocks(model):
         check_prunable(block)
-        total, kept = groups_left(block.module, block.groups)
-        layers.append({"module": block.name, "groups": total, "kept": kept, "bias": block.out.bias is not None})
-    return layers
+    return layers_left(model)
 
 def save_pruned(
     model: Any,  # a causal language model of `transformers`, pruned or not
