@@ -43,7 +43,7 @@ def match_any(words: Iterable[str], most: int = 32) -> str:
     kept = sorted((word for word in distinct if _WORD.search(word)), key=lambda word: -len(word))[:most]
     return " OR ".join('"' + word.replace('"', '""') + '"' for word in kept)
 
-# %% ../../nbs/memory/candidates.ipynb #7852868c
+# %% ../../nbs/memory/candidates.ipynb #e2cedf28
 Fusion = Literal["zscore", "rrf"]
 
 
@@ -103,10 +103,12 @@ class Candidates:
         pool = max(limit, self.pool)
         lexical = self._smoothed(self._matching(query, scope, pool), scope if where else None)
         cosines = self._similar(query, scope if where else None, pool, lexical)
-        if self.fill and len(lexical.keys() | cosines.keys()) < limit:
+        found = lexical.keys() | cosines.keys()
+        if self.fill and len(found) < limit:
             newest = "SELECT number FROM memories WHERE namespace = ? AND {} ORDER BY number DESC LIMIT ?"
-            for (number,) in self._all(newest, scope, limit, first=(self.store.namespace,)):
-                lexical.setdefault(number, 0.0)
+            rows = self._all(newest, scope, limit, first=(self.store.namespace,))
+            more = [number for (number,) in rows if number not in found][: limit - len(found)]
+            lexical |= dict.fromkeys(more, 0.0)
         numbers = sorted(lexical.keys() | cosines.keys())
         scores = words = np.array([lexical.get(number, 0.0) for number in numbers])
         if self.vectors:
