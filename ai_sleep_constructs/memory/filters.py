@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-# %% ../../nbs/memory/filters.ipynb #4176a4c6
+# %% ../../nbs/memory/filters.ipynb #2f3f0f58
 INDEXED = ("session", "speaker", "date")
 COMPARISONS = {"$gt": ">", "$gte": ">=", "$lt": "<", "$lte": "<="}
 OPERATORS = (*COMPARISONS, "$ne", "$exists")
@@ -22,7 +22,7 @@ def compile_where(
     """
     The condition in SQL on a row of `memories`, and its parameters.
 
-    ValueError naming the key for a key, an operator or a value that cannot be asked for; TypeError for no mapping.
+    ValueError or TypeError naming the key for a key, an operator or a value that cannot be asked for.
     """
     if where is None:
         return "1", []
@@ -68,15 +68,16 @@ def _equal(key: str, value: Any) -> tuple[str, list[Any]]:
     if isinstance(value, bool):
         return f"json_type(metadata, ?) IS '{str(value).lower()}'", [_path(key)]
     if not isinstance(value, str | int | float):
-        raise ValueError(f"where[{key!r}]: {value!r} is not a text, a number, True, False, None, or a list of these")
+        raise TypeError(f"where[{key!r}]: {value!r} is not a text, a number, True, False, None, or a list of these")
     return _compare(key, "=", value)
 
 
 def _compare(key: str, sign: str, value: str | int | float) -> tuple[str, list[Any]]:
-    number = not isinstance(value, str)
-    if number and (not math.isfinite(value) or abs(value) >= 2**63):
-        raise ValueError(f"where[{key!r}]: {value!r} is not a number of 64 bits")
-    kinds = "('integer', 'real')" if number else "('text')"
+    kinds = "('text')"
+    if not isinstance(value, str):
+        kinds = "('integer', 'real')"
+        if not math.isfinite(value) or abs(value) >= 2**63:
+            raise ValueError(f"where[{key!r}]: {value!r} is not a number of 64 bits")
     term, path = (key, []) if key in INDEXED else ("json_extract(metadata, ?)", [_path(key)])
     return f"({term} {sign} ? AND json_type(metadata, ?) IN {kinds})", [*path, value, _path(key)]
 

@@ -32,7 +32,7 @@ from ai_sleep_constructs.memory.transfer import (
     import_lines,
 )
 
-# %% ../../nbs/memory/store.ipynb #c8f25fc1
+# %% ../../nbs/memory/store.ipynb #7bf9e4e3
 @dataclass(frozen=True, slots=True)
 class Memory:
     """A memory as it was when it was read."""
@@ -58,8 +58,8 @@ ITEM = ("text", "metadata", "id", "timestamp")
 
 
 def _memory(row: tuple[Any, ...]) -> Memory:
-    metadata = row[3]
-    return Memory(*row[:3], None if metadata is None else json.loads(metadata), *row[4:])
+    number, id, text, metadata, timestamp, namespace, uses, used_at = row
+    return Memory(number, id, text, None if metadata is None else json.loads(metadata), timestamp, namespace, uses, used_at)
 
 
 def new_id() -> str:
@@ -75,7 +75,7 @@ def shingles(text: str) -> set[str]:
     words = _WORD.findall(text.casefold())
     return {*words, *map(" ".join, pairwise(words))} or {text.strip()}
 
-# %% ../../nbs/memory/store.ipynb #22cebf28
+# %% ../../nbs/memory/store.ipynb #09c62b36
 class MemoryStore:
     """
     Memories in a SQLite file that threads and processes may share.
@@ -172,7 +172,7 @@ class MemoryStore:
             if isinstance(item, Mapping):
                 if unknown := item.keys() - set(ITEM):
                     raise ValueError(f"{where}unknown keys {sorted(map(str, unknown))}; known are {', '.join(ITEM)}")
-                rows.append(self._row(*(item.get(key) for key in ITEM), where))
+                rows.append(self._row(item.get("text"), item.get("metadata"), item.get("id"), item.get("timestamp"), where))
             elif isinstance(item, tuple):
                 if len(item) != 2:
                     raise ValueError(f"{where}a tuple of {len(item)} is not a pair of text and metadata")
@@ -273,8 +273,8 @@ class MemoryStore:
         """
         What a memory was before each change, the last change first.
 
-        Each with `version`, `action` ("update", "delete", or "erase" for one whose content is gone), `at` (when, ISO 8601 in UTC)
-        and the `id`, `text`, `metadata` and `timestamp` until then.
+        Each with `version`, `action` ("update", "delete", "restore" where there was nothing until then, "erase" where the content
+        was taken away), `at` (when, ISO 8601 in UTC) and the `id`, `text`, `metadata` and `timestamp` until then.
         """
         keys = ("version", "action", "at", "id", "text", "metadata", "timestamp")
         select = f"SELECT {', '.join(keys)} FROM versions WHERE namespace = ? AND id = ? ORDER BY version DESC"
@@ -297,7 +297,8 @@ class MemoryStore:
                 insert = INSERT.replace("(id", "(number, id").replace("(?", "(?, ?")
                 timestamp, *use = rest
                 connection.execute(insert, (number, id, self.namespace, text, encoded, timestamp, words, *use))
-                connection.execute("UPDATE sqlite_sequence SET seq = seq + 1 WHERE name = 'versions'")
+                back = "INSERT INTO versions (namespace, id, number, action, at) VALUES (?, ?, ?, 'restore', ?)"
+                connection.execute(back, (*name, number, checked_timestamp(None)))
         return True
 
     def near_duplicates(self, text: str, threshold: float = 0.9, *, limit: int = 20) -> list[tuple[str, float]]:
