@@ -98,7 +98,8 @@ def site() -> Result:
 
 
 def tests() -> Result:
-    code, output = call(sys.executable, "-m", "pytest", "--durations=5")
+    parallel = ("-n", str(CORES), "--dist", "loadfile") if CORES > 1 else ()
+    code, output = call(sys.executable, "-m", "pytest", "--durations=5", *parallel, threads=1 if parallel else CORES)
     counts = {word: int(number) for number, word in re.findall(r"(\d+) (passed|failed|errors?)\b", output.rstrip().rpartition("\n")[2])}
     passed = counts.pop("passed", 0)
     return passed, sum(counts.values()) or int(code != 0), output
