@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TABLES', 'INDEX', 'NEW', 'OLD', 'INTO', 'OUT_OF', 'KEEP', 'DROP', 'CHANGED', 'TRIGGERS', 'MIGRATIONS']
 
-# %% ../../nbs/memory/schema.ipynb #37a861a8
+# %% ../../nbs/memory/schema.ipynb #33b2ae82
 TABLES = (
     """CREATE TABLE memories (
         number INTEGER PRIMARY KEY AUTOINCREMENT,
@@ -17,9 +17,9 @@ TABLES = (
         words TEXT,
         uses INTEGER NOT NULL DEFAULT 0,
         used_at TEXT,
-        session GENERATED ALWAYS AS (json_extract(metadata, '$.session')) VIRTUAL,
-        speaker GENERATED ALWAYS AS (json_extract(metadata, '$.speaker')) VIRTUAL,
-        date GENERATED ALWAYS AS (json_extract(metadata, '$.date')) VIRTUAL
+        session GENERATED ALWAYS AS (json_extract(metadata, '$.session')) STORED,
+        speaker GENERATED ALWAYS AS (json_extract(metadata, '$.speaker')) STORED,
+        date GENERATED ALWAYS AS (json_extract(metadata, '$.date')) STORED
     )""",
     "CREATE UNIQUE INDEX memories_id ON memories (namespace, id)",
     "CREATE INDEX memories_namespace ON memories (namespace)",
