@@ -17,6 +17,7 @@ from ai_sleep_constructs.memory.answers import ScoreError, Verdict
 from ai_sleep_constructs.memory.calls import Caller, CallLimitError, JudgeUnavailable, call_once, model_name
 from ai_sleep_constructs.memory.judge import LLMJudge, judge_prompt
 from ai_sleep_constructs.memory.judge_cache import ScoreCache, normalised, score_key
+from ai_sleep_constructs.memory.likelihood import LikelihoodScorer
 from ai_sleep_constructs.memory.scoring import SCORERS, BlendScorer, EmbeddingScorer, Item, LexicalScorer, Score, Scorer, make_scorer
 
 EVIL = [
@@ -456,6 +457,43 @@ def test_embedding_scores_follow_the_cosine() -> None:
         asyncio.run(EmbeddingScorer(bad).score("red", notes(1)))
 
 
+@pytest.mark.parametrize("name", ["reference", "reference-gpt2"])
+def test_likelihood_is_the_gain_that_the_model_says(name: str) -> None:
+    """Beside a computation of one row after the other, without padding, over all logits."""
+    import torch
+
+    from ai_sleep_constructs.reference.loading import load_model
+
+    model, tokenizer = load_model(name)
+    query, texts = "def total(self): return", ["class Account:\n    def total(self):\n        return 0", "x", "", "import os\n" * 30]
+    asked, gap = tokenizer(query).input_ids, tokenizer("\n").input_ids
+
+    def mean(text: str | None) -> float:
+        before = [tokenizer.bos_token_id, *([] if text is None else tokenizer(text).input_ids), *gap]
+        with torch.inference_mode():
+            chances = model(torch.tensor([[*before, *asked]])).logits[0].log_softmax(-1)
+        return sum(float(chances[len(before) + place - 1, token]) for place, token in enumerate(asked)) / len(asked)
+
+    expected = [mean(text) - mean(None) for text in texts]
+    for batch_size in (1, 3, 16):
+        scorer = LikelihoodScorer(model, tokenizer, batch_size=batch_size)
+        assert np.allclose(scorer.gains(query, texts), expected, atol=2e-4)
+    values = scores_of(scorer, query, [Item(str(n), text) for n, text in enumerate(texts)])
+    assert expected[0] > max(expected[1:]) and values[0] == max(values) and abs(expected[2]) < 0.01
+
+
+def test_likelihood_reads_long_memories_in_windows() -> None:
+    scorer = LikelihoodScorer(max_tokens=64)
+    told = "class Account:\n    def balance_of_owner(self):\n        return 0\n"
+    query = "def balance_of_owner(self):"
+    late, never, far = scorer.gains(query, ["import os\n" * 30 + told, "import os\n" * 36, "import os\n" * 900 + told])
+    assert late > never + 0.3 and abs(far - never) < 0.3
+    assert len(scorer.gains("word " * 3000, ["a"])) == 1
+    for wrong in ({"batch_size": 0}, {"max_tokens": 2}, {"good": 0}, {"tokenizer": object()}):
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            LikelihoodScorer(**wrong)
+
+
 def test_a_blend_is_the_weighted_mean_and_shows_its_parts() -> None:
     items = [Item("1", "red green"), Item("2", "blue")]
     one, two = LexicalScorer(), EmbeddingScorer(Axes())
@@ -476,10 +514,11 @@ def test_the_registry_takes_ones_own_scorer() -> None:
             return [Score(len(item.text) / 100, "length", self.name) for item in items]
 
     try:
+        assert make_scorer("likelihood").name == "likelihood"
         assert scores_of(make_scorer("length"), "q", [Item("1", "x" * 50)]) == [0.5]
     finally:
         del SCORERS["length"]
-    assert {"lexical", "embedding", "blend", "llm"} <= set(SCORERS) and isinstance(make_scorer("lexical", good=0.3), LexicalScorer)
+    assert {"lexical", "embedding", "blend", "llm", "likelihood"} <= set(SCORERS) and isinstance(make_scorer("lexical", good=0.3), LexicalScorer)
     with pytest.raises(ValueError, match=r"scorer: 'lexicl' is none of .*lexical"):
         make_scorer("lexicl")
     with pytest.raises(ValueError, match="value: a score is a number from 0 to 1"):

@@ -170,7 +170,7 @@ class LLMJudge(Scorer):
     def __repr__(self) -> str:
         return f"LLMJudge({self.model_name}, scoring={self.scoring!r})"
 
-# %% ../../nbs/memory/judge.ipynb #2ad2e780
+# %% ../../nbs/memory/judge.ipynb #a703320b
 Answered = Mapping[bytes, Verdict | Exception]
 
 
@@ -238,5 +238,10 @@ class _Question:
 
     async def _kept(self, verdicts: dict[bytes, Verdict]) -> dict[bytes, Verdict]:
         if self.judge.cache is not None:
-            await asyncio.to_thread(self.judge.cache.put, verdicts)
+            writing = asyncio.ensure_future(asyncio.to_thread(self.judge.cache.put, verdicts))
+            try:
+                await asyncio.shield(writing)
+            except asyncio.CancelledError:  # what was paid for is kept, also when nobody waits for it any more
+                await writing
+                raise
         return verdicts

@@ -19,7 +19,7 @@ from typing import Any, ClassVar, Protocol
 
 import numpy as np
 
-# %% ../../nbs/memory/scoring.ipynb #275b5a86
+# %% ../../nbs/memory/scoring.ipynb #b1e6c714
 class Scorable(Protocol):
     "A memory, for a scorer."
 
@@ -105,7 +105,7 @@ def make_scorer(
             raise ValueError(f"{', '.join(options)}: options go with a name, but {scorer!r} is a scorer already")
         return scorer
     if scorer not in SCORERS:
-        from ai_sleep_constructs.memory import judge  # noqa: F401  it brings its own scorer
+        from ai_sleep_constructs.memory import judge, likelihood  # noqa: F401  they bring their own scorers
     if scorer not in SCORERS:
         raise ValueError(f"scorer: {scorer!r} is none of {', '.join(sorted(SCORERS))}, and no Scorer")
     return SCORERS[scorer](**options)
