@@ -141,25 +141,25 @@ def _uncommented(comment: str, language: str) -> str:
     lines = [line.strip() for line in _MARKS.sub("", comment).splitlines()]
     return "\n".join("" if _RULE.match(line) else line for line in lines).strip()
 
-# %% ../../../nbs/memory/code/parsing.ipynb #aaa071d0
+# %% ../../../nbs/memory/code/parsing.ipynb #9e46400f
 class _Before:
     """The comments and attributes of a file, to be asked what stands right before a definition."""
 
     def __init__(self, source: bytes, comments: "list[Node]", attributes: "list[Node]") -> None:
         self.source = source
-        spans = sorted([(node.end_byte, node.start_byte, False) for node in comments] +
-                       [(node.end_byte, node.start_byte, True) for node in attributes])
-        self.spans, self.ends = spans, [span[0] for span in spans]
+        self.nodes = sorted(comments + attributes, key=lambda node: node.end_byte)
+        self.ends = [node.end_byte for node in self.nodes]
 
     def __call__(self, start: int) -> tuple[int, str]:
         """Where the definition at byte `start` begins with its attributes, and the comment before it as written."""
         index, edge, begins, lines = bisect_right(self.ends, start) - 1, start, start, []
         while index >= 0:
-            end, first, attribute = self.spans[index]
+            node, end = self.nodes[index], self.ends[index]
             gap = self.source[end:edge]
             if gap and not gap.isspace():
                 break
-            if attribute:
+            first = node.start_byte
+            if "comment" not in node.type:
                 begins = first
             else:
                 line = self.source[self.source.rfind(b"\n", 0, first) + 1 : first]
@@ -247,7 +247,7 @@ def _sweep(source: bytes, found: "dict[str, list[Node]]", language: str, path: s
         stack.append((end, qualified, True, kind in _TYPES))
     return entities
 
-# %% ../../../nbs/memory/code/parsing.ipynb #baffef02
+# %% ../../../nbs/memory/code/parsing.ipynb #d8ad1fe1
 _PATH = re.compile(r"[^\W\d]\w*(?:\.\w+)*")
 
 
@@ -262,27 +262,29 @@ def _callee(written: bytes) -> str:
 
 
 def _calls(source: bytes, found: "dict[str, list[Node]]", entities: list[Entity]) -> tuple[Call, ...]:
-    written = [(node.start_byte, source[node.start_byte : node.end_byte]) for node in found.get("call", ())]
+    places = [(node.start_byte, node.end_byte) for node in found.get("call", ())]
     for node in found.get("invocation", ()):
-        start = node.start_byte
-        if (end := node.child_by_field_name("method")) is not None:
-            written.append((start, source[start : end.end_byte]))
-        elif (end := node.child_by_field_name("arguments")) is not None:
-            written.append((start, source[start : end.start_byte]))
-    written.sort()
-    spans = [(entity.start_byte, entity.end_byte) for entity in entities]
-    calls: dict[tuple[int, bytes], None] = {}
-    open_: list[int] = []
-    following = 0
-    for start, name in written:
-        while following < len(spans) and spans[following][0] <= start:
-            open_.append(following)
+        if (last := node.child_by_field_name("method")) is not None:
+            places.append((node.start_byte, last.end_byte))
+        elif (last := node.child_by_field_name("arguments")) is not None:
+            places.append((node.start_byte, last.start_byte))
+    places.sort()
+    starts = [entity.start_byte for entity in entities] + [len(source) + 1]
+    ends = [entity.end_byte for entity in entities]
+    written: list[dict[bytes, None]] = [{} for _ in starts]  # of each entity; the last is the file's own
+    inside, following = [-1], 0
+    for start, end in places:
+        while starts[following] <= start:
+            inside.append(following)
             following += 1
-        while open_ and spans[open_[-1]][1] <= start:
-            open_.pop()
-        calls[open_[-1] if open_ else -1, name] = None
-    named = dict.fromkeys((caller, _callee(name)) for caller, name in calls)
-    return tuple(Call(caller, name) for caller, name in named if name)
+        while len(inside) > 1 and ends[inside[-1]] <= start:
+            inside.pop()
+        written[inside[-1]][source[start:end]] = None
+    calls = []
+    for caller, texts in enumerate(written):
+        names = dict.fromkeys(map(_callee, texts))
+        calls += [Call(caller if caller < len(entities) else -1, name) for name in names if name]
+    return tuple(calls)
 
 # %% ../../../nbs/memory/code/parsing.ipynb #47c32f31
 def extract(
