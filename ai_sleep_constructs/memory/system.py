@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['RetrievalConfig', 'finished', 'NearDuplicateWarning', 'MemorySystem']
 
-# %% ../../nbs/memory/system.ipynb #dbf5c26f
+# %% ../../nbs/memory/system.ipynb #03dbafcf
 import asyncio
 import dataclasses
 import difflib
@@ -19,15 +19,15 @@ from types import TracebackType
 from typing import Any, Literal, TypeVar
 
 from .calls import ModelFn, call_once
-from .candidates import Candidate, Candidates
+from .candidates import Candidate, Candidates, content_words
 from .embedding import Embedder, minilm
 from .judge import LLMJudge
 from .judge_cache import ScoreCache
 from .results import Relevant, ScoredMemory, for_prompt
-from .scoring import BlendScorer, EmbeddingScorer, LexicalScorer, Score, Scorer, make_scorer
+from .scoring import BlendScorer, EmbeddingScorer, LexicalScorer, Scorable, Score, Scorer, make_scorer
 from .store import Item, Memory, MemoryStore
 
-# %% ../../nbs/memory/system.ipynb #96a111d8
+# %% ../../nbs/memory/system.ipynb #aade144e
 @dataclass(frozen=True)
 class RetrievalConfig:
     "How memories are retrieved. ValueError names what is out of range."
@@ -42,6 +42,10 @@ class RetrievalConfig:
         for field in dataclasses.fields(self):
             value, whole = getattr(self, field.name), isinstance(field.default, int)
             kind, least = ("a whole number", 1) if whole else ("a number", 0)
+            if isinstance(field.default, bool):
+                if not isinstance(value, bool):
+                    raise ValueError(f"{field.name}: expected True or False, not {value!r}")
+                continue
             if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)) or not least <= value < float("inf"):
                 raise ValueError(f"{field.name}: expected {kind} from {least} on, not {value!r}")
         if self.relevance_threshold > 1:
@@ -86,7 +90,7 @@ def finished(work: Coroutine[Any, Any, _T]) -> _T:
 class NearDuplicateWarning(UserWarning):
     "A memory was added that says almost the same as one that is there."
 
-# %% ../../nbs/memory/system.ipynb #15e707bf
+# %% ../../nbs/memory/system.ipynb #2c4195e5
 class MemorySystem:
     """
     Texts that are remembered, and retrieved by how much they help.
@@ -94,6 +98,8 @@ class MemorySystem:
     With `small_model_fn` a language model scores; without, words do, and meaning where the embedder's packages are installed. ValueError
     or TypeError naming an argument that cannot be used, before anything is changed; errors of the file as `memory.store.MemoryStore`.
     """
+
+    CONFIG: type[RetrievalConfig] = RetrievalConfig
 
     def __init__(
         self,
@@ -118,7 +124,7 @@ class MemorySystem:
         cache_size: int = 100_000,  # scores that are kept; 0 keeps none
         seed: int | None = None,  # of the jitter of the waits
     ) -> None:
-        self.config = RetrievalConfig(relevance_threshold, max_memories, batch_size, retry_attempts, retry_delay)
+        self.config = self.CONFIG(relevance_threshold, max_memories, batch_size, retry_attempts, retry_delay)
         if on_failure not in ("raise", "prefilter"):
             raise ValueError(f"on_failure: expected 'raise' or 'prefilter', not {on_failure!r}")
         if small_model_fn is not None and not callable(small_model_fn):
@@ -145,9 +151,9 @@ class MemorySystem:
             LLMJudge(small_model_fn, **self._judging)  # type: ignore[arg-type]  # refuses what cannot be used before there is a file
         else:
             self.scorer = self._chosen(scorer)
-        self.store = MemoryStore(db_path, durability=durability, namespace=namespace)
+        self.store = MemoryStore(db_path, durability=durability, namespace=namespace, words=self._words)
         try:
-            self.candidates = Candidates(self.store, limit=max_candidates, embedder=embedder)
+            self.candidates = Candidates(self.store, limit=max_candidates, embedder=embedder, tokenize=self._tokens)
             if asks:
                 if cache_size:
                     self.cache = ScoreCache(":memory:" if self.store.connections.temporary else self.store.path, size=cache_size)
@@ -155,6 +161,14 @@ class MemorySystem:
         except BaseException:
             self.store.close()
             raise
+
+    def _words(self, text: str, metadata: dict[str, Any] | None) -> str | None:
+        "More words that a memory is found by."
+        return None
+
+    def _tokens(self, query: str) -> list[str]:
+        "The words of a query that are looked for."
+        return content_words(query)
 
     def _chosen(self, scorer: str | Scorer | None) -> Scorer:
         if scorer == "embedding" or (scorer == "blend" and self.embedder is not None):
@@ -280,19 +294,19 @@ class MemorySystem:
         await asyncio.to_thread(self.store.touch, [number for _, number in chosen])
         return Relevant(one for one, _ in chosen)
 
-    async def _scored(self, context: str, memories: Sequence[Memory]) -> list[Score]:
+    async def _scored(self, query: str, memories: Sequence[Scorable], context: str | None = None) -> list[Score]:
         if not memories:
             return []
         if self.on_failure == "raise":
-            return await self.scorer.score(context, memories)
+            return await self.scorer.score(query, memories, context=context)
         if isinstance(self.scorer, LLMJudge):
-            outcomes = await self.scorer.outcomes(context, memories)
+            outcomes = await self.scorer.outcomes(query, memories, context=context)
         else:
             try:
-                return await self.scorer.score(context, memories)
+                return await self.scorer.score(query, memories, context=context)
             except Exception as error:
                 outcomes = [error] * len(memories)
-        words = await LexicalScorer().score(context, memories)
+        words = await LexicalScorer().score(query, memories, context=context)
         return [
             dataclasses.replace(word, reasoning=f"prefilter, because the scorer failed ({type(outcome).__name__}: {outcome}): {word.reasoning}", source="prefilter")
             if isinstance(outcome, Exception) else outcome
@@ -374,4 +388,4 @@ class MemorySystem:
         self.close()
 
     def __repr__(self) -> str:
-        return f"MemorySystem({self.store!r}, scorer={self.scorer!r})"
+        return f"{type(self).__name__}({self.store!r}, scorer={self.scorer!r})"
