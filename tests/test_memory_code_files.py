@@ -25,7 +25,7 @@ def paths(root: Path, *exclude: str) -> list[str]:
 
 def test_patterns_are_matched_from_the_root(tmp_path: Path) -> None:
     root = tmp_path / "tests" / "build"
-    write(root, {name: "" for name in ("a.py", "tests/a.py", "src/tests/deep/b.py", "src/build/c.py", "src/contests/d.py", "src/x_pb2.py")})
+    write(root, dict.fromkeys(("a.py", "tests/a.py", "src/tests/deep/b.py", "src/build/c.py", "src/contests/d.py", "src/x_pb2.py"), ""))
     everything = ["a.py", "src/build/c.py", "src/contests/d.py", "src/tests/deep/b.py", "src/x_pb2.py", "tests/a.py"]
     assert paths(root) == everything
     without = [path for path in everything if "/tests/" not in f"/{path}"]
@@ -87,7 +87,8 @@ def test_parsing_keeps_the_order_and_says_what_went_away(tmp_path: Path, workers
 
 def test_watch_tells_of_source_files_only(tmp_path: Path) -> None:
     write(tmp_path, {".gitignore": "out/", "a.py": "1", "b.py": "1"})
-    stop, seen = threading.Event(), []
+    stop = threading.Event()
+    seen: list[Changes] = []
 
     def listen() -> None:
         seen.extend(watch(tmp_path, ["skip/*"], stop=stop))
