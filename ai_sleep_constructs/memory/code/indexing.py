@@ -23,7 +23,7 @@ from .parsing import Call, Entity, Parsed, extract
 from .words import words
 from ..store import MemoryStore
 
-# %% ../../../nbs/memory/code/indexing.ipynb #da99b553
+# %% ../../../nbs/memory/code/indexing.ipynb #3cf76729
 def entity_text(
     entity: Entity,
 ) -> str:
@@ -35,10 +35,10 @@ def entity_text(
 def code_words(
     text: str,
     metadata: Mapping[str, Any] | None = None,
-) -> str | None:
-    "The identifiers of a memory of code split into words, those of its name three times; None for other memories."
+) -> str:
+    "The identifiers of a memory of code split into words, those of its name three times; nothing for other memories."
     if not metadata or metadata.get("type") != "code":
-        return None
+        return ""
     return " ".join([*words(metadata["qualified_name"]) * 3, *words(text)])
 
 
