@@ -19,7 +19,7 @@ from pathlib import Path
 
 from ..reference.files import replacing
 
-# %% ../../nbs/memory/connections.ipynb #95e942e7
+# %% ../../nbs/memory/connections.ipynb #e7ac7b2e
 DURABILITY = {"normal": "NORMAL", "full": "FULL"}
 
 
@@ -47,7 +47,7 @@ class Held:
     __del__ = close
 
 
-def _open(connection: sqlite3.Connection) -> bool:
+def _is_open(connection: sqlite3.Connection) -> bool:
     try:
         return connection.total_changes >= 0
     except sqlite3.ProgrammingError:
@@ -162,7 +162,7 @@ class Connections:
                 yield connection
                 connection.execute("RELEASE part" if inner else "COMMIT")
             except BaseException:
-                if _open(connection) and connection.in_transaction:
+                if _is_open(connection) and connection.in_transaction:
                     if inner:
                         connection.execute("ROLLBACK TO part")
                         connection.execute("RELEASE part")
@@ -180,7 +180,7 @@ class Connections:
             try:
                 yield connection
             finally:
-                if not inner and _open(connection) and connection.in_transaction:
+                if not inner and _is_open(connection) and connection.in_transaction:
                     connection.execute("COMMIT")
 
     def close(self) -> None:
