@@ -8,7 +8,6 @@ __all__ = ['CodeRetrievalConfig', 'CodeMemorySystem']
 # %% ../../../nbs/memory/code/system.ipynb #486742f1
 import asyncio
 import dataclasses
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
