@@ -17,9 +17,9 @@ from torch import Tensor
 from .rows import Rows, check_int, filtered
 from .tensor_buffer import TensorBuffer
 
-# %% ../../nbs/cmr/approximate.ipynb #accf669b
+# %% ../../nbs/cmr/approximate.ipynb #2da09d38
 _SAMPLE = 64  # memories for each list, of which the centres are found
-_BLOCK = 2**16  # memories that are copied at a time
+_BLOCK = 2**13  # memories that are copied at a time
 
 def _faiss() -> Any:
     try:
@@ -62,7 +62,7 @@ class ApproximateIndex:
         return f"{type(self).__name__}(layer {self.layer}, {len(self)} entries, {self.probes} of {self._index.nlist if self._index else 0} lists)"
 
     def __len__(self) -> int:
-        return len(self._slots)
+        return self._index.ntotal if self._index else 0
 
     @property
     def nbytes(self) -> int:
@@ -70,7 +70,7 @@ class ApproximateIndex:
         if self._index is None:
             return 0
         vectors = (self._index.ntotal + self._index.nlist) * self._index.d * 4 + self._index.ntotal * 8
-        return vectors + sum(tensor.nbytes for tensor in (self._slots, self._stored, self._alive, self._known))
+        return vectors + sum(tensor.nbytes for tensor in (self._known, self._entry, self._slots, self._alive))
 
     @torch.no_grad()
     def search(
@@ -95,12 +95,14 @@ class ApproximateIndex:
         asked = self.buffer._asked(queries, rows["states"].shape[1], k, "cosine", wanted)
         self._follow(rows)
         hidden = filtered(rows.columns, slice(None), *wanted)
-        alive = self._alive if hidden is None else self._alive & ~hidden.cpu()[self._slots]
+        alive, at = self._alive[: len(self)], self._slots[: len(self)]
+        if hidden is not None:
+            alive = alive & ~hidden.cpu()[at]
         chosen = None if bool(alive.all()) else self._faiss.IDSelectorBitmap(np.packbits(alive.numpy(), bitorder="little"))
         how = self._faiss.SearchParametersIVF(nprobe=min(self.probes, self._index.nlist), **({"sel": chosen} if chosen else {}))
         values, entries = self._index.search(asked.float().cpu().numpy(), min(k, rows.count), params=how)
         found, short = torch.from_numpy(values).to(self.buffer.device), torch.from_numpy(entries < 0).any(1)
-        slots = self._slots[torch.from_numpy(entries).clamp_min(0)].to(self.buffer.device)
+        slots = at[torch.from_numpy(entries).clamp_min(0)].to(self.buffer.device)
         if bool(short.any()):
             found[short], slots[short] = self.buffer.search(queries[short], self.layer, k, **options, touch=False)  # type: ignore[arg-type]
         if touch:
@@ -111,7 +113,7 @@ class ApproximateIndex:
         self._index: Any = None
         self._rows: Any = lambda: None  # a weak reference to the rows that it was built of
         self._version = self._built = 0  # of the rows when it was last in step; how many entries the centres are of
-        self._slots = self._stored = self._known = torch.empty(0, dtype=torch.int64)  # by entry, and by row what is in the index
+        self._known = self._entry = self._slots = torch.empty(0, dtype=torch.int64)  # by row: `stored` when it was copied, where to; by entry: the row
         self._alive = torch.empty(0, dtype=torch.bool)  # by entry
 
     def _follow(self, rows: Rows) -> None:
@@ -120,13 +122,15 @@ class ApproximateIndex:
             return self._build(rows)
         if self._version == rows.version:
             return None
-        stored, slots = rows["stored"].cpu(), rows.slots().cpu()
-        self._alive = rows.valid.cpu()[self._slots] & (stored[self._slots] == self._stored)
-        new = slots[self._known[slots] != stored[slots]]
+        now = self._now(rows)
+        changed = (now != self._known).nonzero()[:, 0]
+        copied, new = changed[self._known[changed] >= 0], changed[now[changed] >= 0]
+        self._alive[self._entry[copied]] = False
+        self._known[copied] = -1
         gone, added = self._built - int(self._alive[: self._built].sum()), len(self) - self._built + len(new)
         if 5 * max(gone, added) > self._built:
             return self._build(rows)
-        return self._add(rows, new)
+        return self._add(rows, new, now)
 
     def _build(self, rows: Rows) -> None:
         self._clear()
@@ -137,18 +141,25 @@ class ApproximateIndex:
         lot = torch.randperm(len(slots), generator=torch.Generator().manual_seed(self.seed))
         index.train(self._directions(rows, slots[lot[: _SAMPLE * lists]]))
         self._index, self._rows, self._built = index, weakref.ref(rows), len(slots)
-        self._known = torch.full((rows.capacity,), -1)
-        self._add(rows, slots)
+        with torch.inference_mode(False):  # as for `Rows`
+            self._known, self._entry = torch.full((2, rows.capacity), -1).unbind()
+            self._slots = torch.zeros(len(slots) + len(slots) // 5, dtype=torch.int64)
+            self._alive = torch.zeros(len(self._slots), dtype=torch.bool)
+        self._add(rows, slots, self._now(rows))
         self.builds += 1
 
-    def _add(self, rows: Rows, slots: Tensor) -> None:
-        for block in slots.split(_BLOCK):
+    def _add(self, rows: Rows, slots: Tensor, now: Tensor) -> None:
+        entries = torch.arange(len(self), len(self) + len(slots))
+        for block in slots.split(_BLOCK) if len(slots) else ():
             self._index.add(self._directions(rows, block))
-        stored = rows["stored"].cpu()[slots]
-        self._slots, self._stored = torch.cat([self._slots, slots]), torch.cat([self._stored, stored])
-        self._alive = torch.cat([self._alive, torch.ones_like(slots, dtype=torch.bool)])
-        self._known = self._known.index_copy(0, slots, stored)  # not in place: it may have been made in inference mode
+        self._slots[entries], self._alive[entries] = slots, True
+        self._known[slots], self._entry[slots] = now[slots], entries
         self._version = rows.version
+
+    @staticmethod
+    def _now(rows: Rows) -> Tensor:
+        "What `stored` says of each row, -1 for one that holds nothing."
+        return torch.where(rows.valid, rows["stored"], -1).cpu()
 
     @staticmethod
     def _directions(rows: Rows, slots: Tensor) -> np.ndarray:
