@@ -17,8 +17,8 @@ from torch import Tensor
 from .rows import Rows, check_int, filtered
 from .tensor_buffer import TensorBuffer
 
-# %% ../../nbs/cmr/approximate.ipynb #2da09d38
-_SAMPLE = 64  # memories for each list, of which the centres are found
+# %% ../../nbs/cmr/approximate.ipynb #ec64ca42
+_SAMPLE = 40  # memories for each list, of which the centres are found
 _BLOCK = 2**13  # memories that are copied at a time
 
 def _faiss() -> Any:
@@ -54,12 +54,14 @@ class ApproximateIndex:
         check_int("probes", probes, 1, lists)
         check_int("seed", seed, 0, 2**31 - 1)
         self._faiss = _faiss()
-        self.buffer, self.layer, self.from_entries, self.lists, self.probes, self.seed = buffer, layer, from_entries, lists, probes, seed
+        self.buffer, self.layer, self.from_entries = buffer, layer, from_entries
+        self.lists, self.probes, self.seed = lists, probes, seed
         self.builds = 0  # how often it was built
         self._clear()
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}(layer {self.layer}, {len(self)} entries, {self.probes} of {self._index.nlist if self._index else 0} lists)"
+        lists = self._index.nlist if self._index else 0
+        return f"{type(self).__name__}(layer {self.layer}, {len(self)} entries, {self.probes} of {lists} lists)"
 
     def __len__(self) -> int:
         return self._index.ntotal if self._index else 0
@@ -84,13 +86,14 @@ class ApproximateIndex:
         touch: bool = True,  # whether being found counts as being used
     ) -> tuple[Tensor, Tensor]:
         """
-        As `TensorBuffer.search` by cosine: similarities, float32, and rows, int64, of shape [queries, min(k, memories)], best first.
-        Memories in lists that are not looked at are missed. Where fewer memories qualify, the rest has the similarity -inf.
+        As `TensorBuffer.search` by cosine: similarities, float32, and rows, int64, of shape [queries, min(k, memories)], best
+        first; the same errors. Memories in lists that are not looked at are missed. Where fewer memories qualify, the rest has the similarity -inf.
         """
-        rows, options = self.buffer.layers.get(self.layer), {"min_relevance": min_relevance, "sequence": sequence, "exclude_sequence": exclude_sequence}
+        rows = self.buffer.layers.get(self.layer)
+        options: dict[str, Any] = {"min_relevance": min_relevance, "sequence": sequence, "exclude_sequence": exclude_sequence}
         if rows is None or rows.count < self.from_entries:
             self._clear()
-            return self.buffer.search(queries, self.layer, k, **options, touch=touch)  # type: ignore[arg-type]
+            return self.buffer.search(queries, self.layer, k, **options, touch=touch)
         wanted = min_relevance, sequence, exclude_sequence
         asked = self.buffer._asked(queries, rows["states"].shape[1], k, "cosine", wanted)
         self._follow(rows)
@@ -104,7 +107,7 @@ class ApproximateIndex:
         found, short = torch.from_numpy(values).to(self.buffer.device), torch.from_numpy(entries < 0).any(1)
         slots = at[torch.from_numpy(entries).clamp_min(0)].to(self.buffer.device)
         if bool(short.any()):
-            found[short], slots[short] = self.buffer.search(queries[short], self.layer, k, **options, touch=False)  # type: ignore[arg-type]
+            found[short], slots[short] = self.buffer.search(queries[short], self.layer, k, **options, touch=False)
         if touch:
             self.buffer.touch(self.layer, slots[found > -torch.inf])
         return found, slots
@@ -113,7 +116,8 @@ class ApproximateIndex:
         self._index: Any = None
         self._rows: Any = lambda: None  # a weak reference to the rows that it was built of
         self._version = self._built = 0  # of the rows when it was last in step; how many entries the centres are of
-        self._known = self._entry = self._slots = torch.empty(0, dtype=torch.int64)  # by row: `stored` when it was copied, where to; by entry: the row
+        self._known = self._entry = torch.empty(0, dtype=torch.int64)  # by row: `stored` when it was copied, and to which entry
+        self._slots = torch.empty(0, dtype=torch.int64)  # by entry: which row it was copied from
         self._alive = torch.empty(0, dtype=torch.bool)  # by entry
 
     def _follow(self, rows: Rows) -> None:
