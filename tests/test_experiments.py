@@ -124,6 +124,7 @@ BRIEF: dict[str, dict[str, object]] = {
         "lengths": "400,800", "fall_to": 800, "planted_arms": "none,both", "planted_lengths": "200,600", "facts": 2, "seeds": 2,
         "count_every": 400,
     },
+    "code_memory": {"entities": 150, "questions": 20, "seeds": 1, "scored": 3, "rounds": 1},
     "consolidation_memories": {"facts": 24, "seeds": 1, "sizes": "1.0,0.5"},
     "consolidation_weights": {"arms": "naive,replay", "steps": 4, "seeds": 1, "tokens": 64, "test_sequences": 4},
     "gradient_clipping": {"steps": 24, "seeds": 1, "hidden": 32, "batch_tokens": 128, "arms": "none,global", "spikes": 2},

@@ -43,7 +43,7 @@ def quoted(words: Iterable[str], most: int = 32) -> list[str]:
     kept = sorted((word for word in distinct if _WORD.search(word)), key=lambda word: -len(word))[:most]
     return ['"' + word.replace('"', '""') + '"' for word in kept]
 
-# %% ../../nbs/memory/candidates.ipynb #ca9c9724
+# %% ../../nbs/memory/candidates.ipynb #1ae68add
 Fusion = Literal["zscore", "rrf"]
 
 
@@ -69,6 +69,7 @@ class Candidates:
         fusion: Fusion = "zscore",  # or "rrf"
         embedding_weight: float = 1.0,  # of the embedding beside the words
         rrf_constant: float = 10.0,
+        column_weights: Sequence[float] = (1.0, 1.0, 1.0, 1.0),  # of a word in the text, the speaker, the date and the added words
         neighbour_shares: Sequence[float] = (0.5, 0.25),  # what turns at distance 1, 2, ... get of a score; () for none
         pool: int = 200,  # how many memories each of words and meaning brings, at least `limit`
         ranked: int = 8000,  # words that bring more memories than these to rank are left out, but for the rarest one
@@ -85,6 +86,9 @@ class Candidates:
                 raise ValueError(f"{name}: {number!r} is not a number from 0")
         if not all(isinstance(share, int | float) and 0 <= share <= 1 for share in neighbour_shares):
             raise ValueError(f"neighbour_shares: {neighbour_shares!r} are not numbers from 0 to 1")
+        if len(column_weights) != 4 or not all(isinstance(weight, int | float) and 0 <= weight < np.inf for weight in column_weights):
+            raise ValueError(f"column_weights: {column_weights!r} are not four numbers from 0")
+        self.column_weights = tuple(column_weights)
         self.store, self.limit, self.fusion, self.pool, self.ranked = store, limit, fusion, pool, ranked
         self.embedding_weight, self.rrf_constant = embedding_weight, rrf_constant
         self.neighbour_shares, self.tokenize, self.fill = tuple(neighbour_shares), tokenize, fill
@@ -128,9 +132,10 @@ class Candidates:
         words = self._rarest(quoted(self.tokenize(query)))
         if not words:
             return {}
-        sql = """SELECT rowid, -rank FROM memories_text AS f WHERE memories_text MATCH ? AND EXISTS
+        sql = """SELECT rowid, -rank FROM memories_text AS f WHERE memories_text MATCH ? AND rank MATCH ? AND EXISTS
             (SELECT 1 FROM memories WHERE number = f.rowid AND namespace = ? AND {}) ORDER BY rank LIMIT ?"""
-        return dict(self._all(sql, scope, pool, first=(" OR ".join(words), self.store.namespace)))
+        weighted = f"bm25({', '.join(str(float(weight)) for weight in self.column_weights)})"
+        return dict(self._all(sql, scope, pool, first=(" OR ".join(words), weighted, self.store.namespace)))
 
     def _rarest(self, words: list[str]) -> list[str]:
         """The words that bring at most `ranked` memories of the file together, and the rarest in any case."""

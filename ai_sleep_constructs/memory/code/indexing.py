@@ -23,23 +23,24 @@ from .parsing import Call, Entity, Parsed, extract
 from .words import words
 from ..store import MemoryStore
 
-# %% ../../../nbs/memory/code/indexing.ipynb #3cf76729
+# %% ../../../nbs/memory/code/indexing.ipynb #de0ace67
 def entity_text(
     entity: Entity,
 ) -> str:
     "What is searched and scored of an entity."
     doc = f"\n{entity.docstring}" if entity.docstring and entity.docstring not in entity.body else ""
-    return f"{entity.kind} {entity.qualified_name} ({entity.path}:{entity.start_line}){doc}\n{entity.body}"
+    return f"{entity.kind} {entity.qualified_name} ({entity.path}){doc}\n{entity.body}"
 
 
 def code_words(
     text: str,
     metadata: Mapping[str, Any] | None = None,
 ) -> str:
-    "The identifiers of a memory of code split into words, those of its name three times; nothing for other memories."
-    if not metadata or metadata.get("type") != "code":
-        return ""
-    return " ".join([*words(metadata["qualified_name"]) * 3, *words(text)])
+    "The identifiers of a memory split into words; of code those of its name, signature and file once more, as they say most of what it is for."
+    if not metadata or "entity" not in metadata:
+        return " ".join(words(text))
+    named, place = words(metadata["qualified_name"], whole=True), Path(metadata["file_path"]).with_suffix("").parts[-2:]
+    return " ".join([*named * 3, *words(metadata["name"]) * 3, *words(metadata["signature"]), *words(" ".join(place)), *words(text, whole=True)])
 
 
 def code_metadata(
@@ -56,7 +57,7 @@ def code_metadata(
         "modified": datetime.fromtimestamp(modified, UTC).isoformat(),
     }
 
-# %% ../../../nbs/memory/code/indexing.ipynb #7ee0b0df
+# %% ../../../nbs/memory/code/indexing.ipynb #351cba0c
 _TABLE = """CREATE TABLE IF NOT EXISTS code_files (
     namespace TEXT NOT NULL, file TEXT NOT NULL, path TEXT NOT NULL, digest TEXT NOT NULL, parsed TEXT NOT NULL, PRIMARY KEY (namespace, file)
 ) WITHOUT ROWID"""
@@ -145,8 +146,8 @@ class CodeIndex:
         return made
 
     def _drop(self, connection: Any, key: str) -> None:
-        type_is_code = "json_extract(metadata, '$.type') = 'code'"
-        connection.execute(f"DELETE FROM memories WHERE namespace = ? AND session = ? AND {type_is_code}", (self.store.namespace, key))
+        read = "json_extract(metadata, '$.entity') IS NOT NULL"  # in the file, and not a note about it
+        connection.execute(f"DELETE FROM memories WHERE namespace = ? AND session = ? AND {read}", (self.store.namespace, key))
 
     def remove(
         self,

@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['bases', 'File', 'Modules', 'Resolver']
 
-# %% ../../../nbs/memory/code/resolution.ipynb #bb1a7622
+# %% ../../../nbs/memory/code/resolution.ipynb #93fc10d3
 import posixpath
 import re
 from collections import defaultdict
 from collections.abc import Iterator
+from pathlib import PurePosixPath
 
 from .imports import Import
 from .parsing import Entity, Parsed
@@ -40,7 +41,7 @@ def bases(entity: Entity) -> list[str]:
     words = (re.sub(r"\b(?:public|protected|private|virtual)\b|\(.*", "", part).strip(" .") for part in parts)
     return [word for word in words if re.fullmatch(r"[\w.]+", word)]
 
-# %% ../../../nbs/memory/code/resolution.ipynb #3d923c4f
+# %% ../../../nbs/memory/code/resolution.ipynb #65e5613c
 _FAMILY = {"typescript": "javascript", "tsx": "javascript", "c": "cpp"}
 _SELF = {"python": {"self", "cls"}, "javascript": {"this"}, "java": {"this"}, "csharp": {"this"}, "cpp": {"this"},
          "rust": {"self", "Self"}, "ruby": {"self"}, "php": {"this", "self", "static"}, "go": set()}
@@ -107,7 +108,7 @@ class Modules:
         return folder
 
     def python(self, module: str, path: str) -> str | None:
-        """The file of a module that `path` imports: relative, beside it, from its own root or the repository's, or in a package anywhere."""
+        """The file of a module that `path` imports: relative, from the folder around its package or one above that, or in a package anywhere."""
         dots = len(module) - len(module.lstrip("."))
         tail = module.lstrip(".").replace(".", "/")
         if dots:
@@ -116,11 +117,12 @@ class Modules:
                 folder = posixpath.dirname(folder)
             roots = [folder]
         else:
-            roots = [self._python_root(path), "", "src"]
+            top = self._python_root(path)
+            roots = [top, *map(str, PurePosixPath(top).parents), "", "src"]  # nothing says which folder the program is started in
         for root in roots:
             base = posixpath.join(root, tail) if tail else root
             for end in (".py", "/__init__.py", ".pyi", "/__init__.pyi"):
-                if (found := (base + end).lstrip("/")) in self.files:
+                if (found := base + end if base else end.lstrip("/")) in self.files:
                     return found
         known = self.packages.get(module, [])
         return known[0] if len(known) == 1 and not dots else None
@@ -173,7 +175,7 @@ class Modules:
         for size in range(len(whole), -1, -1):
             base = posixpath.join(root, *whole[:size])
             for end in (".rs", "/mod.rs") if size else ("/lib.rs", "/main.rs"):
-                if (found := (base + end).lstrip("/")) in self.files:
+                if (found := base + end if base else end.lstrip("/")) in self.files:
                     yield found, whole[size:]
 
 # %% ../../../nbs/memory/code/resolution.ipynb #0df68de3
