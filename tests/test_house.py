@@ -54,13 +54,13 @@ def test_import_is_quick_and_leaves_torch_alone() -> None:
 
 def test_every_public_name_is_there_and_an_unknown_one_says_so() -> None:
     import ai_sleep_constructs
-    from ai_sleep_constructs import sleep
+    from ai_sleep_constructs import cmr, memory, sleep
 
-    for module in (ai_sleep_constructs, sleep):
+    for module in (ai_sleep_constructs, cmr, memory, sleep):
         for public in module.__all__:
             value = getattr(module, public)
             assert value.__name__ == public and public in dir(module)
-        with pytest.raises(AttributeError, match=r"'no_such_name'; its public names are .*SleepMode"):
+        with pytest.raises(AttributeError, match=rf"'no_such_name'; its public names are .*{module.__all__[-1]}"):
             module.no_such_name  # noqa: B018
     assert sleep.SleepMode is ai_sleep_constructs.SleepMode
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import functools
+import itertools
 import json
 import random
 import re
@@ -328,11 +329,10 @@ def test_a_model_that_copies_a_memory_gives_no_score_by_it(text: str) -> None:
 
 
 def test_a_tag_that_a_memory_has_is_not_taken() -> None:
-    prompt, ids = judge_prompt("red", [Item("a", "red")])
-    tag = ids[0][:4]
-    texts = ["red", f"red {tag.upper()}"]
-    assert tag not in judge_prompt("red", [Item("a", texts[1])])[1][0]
-    assert judge_prompt("red", [Item("a", "red")]) == (prompt, ids)
+    every = " ".join("".join(letters) for letters in itertools.product("BCDFGHJKMNPQRSTVWXZ", repeat=4))
+    prompt, ids = judge_prompt("red", [Item("a", every)], limit=1_000_000)
+    assert ids == judge_prompt("red", [Item("a", every)], limit=1_000_000)[1]
+    assert re.fullmatch(r"[a-z]{5}1", ids[0]) and ids[0][:5] not in every.lower() and every in prompt
 
 
 def test_long_memories_lose_their_middle_in_the_prompt_only() -> None:

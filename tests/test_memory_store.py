@@ -439,3 +439,29 @@ def test_every_write_moves_the_version_and_reading_does_not(store: MemoryStore) 
         write()
         assert moved()
     assert connections_module.DURABILITY.keys() == {"normal", "full"}
+
+
+def test_closing_while_other_threads_work_is_an_error_for_them_and_no_crash(tmp_path: Path) -> None:
+    code = """if True:
+        import threading, time
+        from ai_sleep_constructs.memory.connections import StoreError
+        with MemoryStore(sys.argv[1]) as store:
+            store.add_many(f"text {number}" for number in range(2000))
+        said = []
+        def work(store):
+            try:
+                while True:
+                    store.count({"x": None}), store.list(limit=50), store.add("more")
+            except StoreError as error:
+                said.append(str(error))
+        for place in range(40):
+            store = MemoryStore(sys.argv[1])
+            threads = [threading.Thread(target=work, args=(store,)) for _ in range(3)]
+            [thread.start() for thread in threads]
+            time.sleep(0.001 * (place % 10))
+            store.close()
+            [thread.join() for thread in threads]
+        assert len(said) == 120 and all(text.endswith("was closed") for text in said), said"""
+    process = child(code, tmp_path / "m.db")
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors

@@ -192,3 +192,27 @@ def test_closing_twice_is_fine_and_use_after_it_says_so():
     system.close()
     with pytest.raises(Exception, match="closed"):
         system.add_memory("too late")
+
+
+def test_vectors_that_are_there_are_not_made_again():
+    import numpy as np
+
+    class Letters:
+        name, size, texts = "letters", 26, 0
+
+        def encode(self, texts):
+            self.texts += len(texts)
+            return np.array([[text.lower().count(chr(97 + n)) for n in range(26)] for text in texts], np.float32)
+
+    embedder = Letters()
+    with quiet(None, embedder=embedder, relevance_threshold=0.0, scorer="embedding") as system:
+        system.add_memories(notes(20))
+        assert system.candidates.vectors.wait(10)
+        before = embedder.texts
+        found = system.retrieve_relevant_memories_sync("harbour wall")
+        assert embedder.texts - before == 2 and len(found) == 10  # the query, for the candidates and for the scores
+        apart = Letters()
+        from ai_sleep_constructs.memory.scoring import EmbeddingScorer
+
+        alone = EmbeddingScorer(apart).measure("harbour wall", system.store.list())
+        assert sorted((s.value for s in alone), reverse=True)[:10] == pytest.approx([m.relevance_score for m in found], abs=2e-3)

@@ -127,12 +127,12 @@ class _Claims:
                 else:
                     self.read(part)
 
-# %% ../../nbs/memory/answers.ipynb #1ef1c66d
+# %% ../../nbs/memory/answers.ipynb #46135373
 _OF = r"\s*(?:/|out\s+of)\s*"
-_BARE = re.compile(r"[\s*_`\"']*([0-9]{1,2})[\s*_`\"']*\.?\s*")
+_BARE = re.compile(r"[\s*_`\"']*+([0-9]{1,2})[\s*_`\"']*+\.?\s*+")
 _LABEL = re.compile(r"\b(?:score|rating)\b[\s*_`\"':=]*(?:\b(?:is|of)\b)?[\s*_`\"':=]*", re.I)
 _FIGURE = re.compile(r"[-+.]?[0-9]\S*(?:(?:" + _OF + r"|\s*(?:to|or|and|[-\u2013\u2014])\s*)[0-9]\S*)?(?:\s*%)?", re.I)
-_FRACTION = re.compile(r"[^\s*_`\"'(:=]*[0-9]" + _OF + r"[0-9]\S*(?:\s*%)?", re.I)
+_FRACTION = re.compile(r"(?<![^\s*_`\"'(:=])[^\s*_`\"'(:=]*[0-9]" + _OF + r"[0-9]\S*(?:\s*%)?", re.I)
 _WHOLE = re.compile(r"([0-9]{1,2})(?:" + _OF + r"10)?[.,;:!)*_`\"']*", re.I)
 
 

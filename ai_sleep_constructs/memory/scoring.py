@@ -203,7 +203,7 @@ def _searched(item: Scorable) -> str:
     about = [str(item.metadata[key]) for key in ("speaker", "date") if item.metadata and item.metadata.get(key)]
     return "\n".join((item.text, *about))
 
-# %% ../../nbs/memory/scoring.ipynb #c5664560
+# %% ../../nbs/memory/scoring.ipynb #3802f715
 class Encoder(Protocol):
     "What turns texts into vectors."
 
@@ -223,18 +223,26 @@ class EmbeddingScorer(Scorer):
         embedder: Encoder,  # `encode(list of n texts)` gives n x size floats
         *,
         good: float = 0.35,  # the cosine that is worth 0.7
+        known: Callable[[Sequence[str]], Mapping[str, np.ndarray]] | None = None,  # ids -> vectors that need not be made; None knows none
     ) -> None:
         if not callable(getattr(embedder, "encode", None)):
             raise TypeError(f"embedder: expected an object with `encode`, not {type(embedder).__name__}")
         if not good > 0:
             raise ValueError(f"good: expected a number above 0, not {good!r}")
-        self.embedder, self.good = embedder, good
+        self.embedder, self.good, self.known = embedder, good, known
 
     def measure(self, query: str, items: Sequence[Scorable]) -> list[Score]:
         "One score an item, in their order. ValueError when the embedder gives something else than one finite vector a text."
-        vectors = np.asarray(self.embedder.encode([query, *(item.text for item in items)]), np.float32)
-        if vectors.ndim != 2 or len(vectors) != len(items) + 1 or not np.isfinite(vectors).all():
-            raise ValueError(f"embedder: gave {vectors.shape} for {len(items) + 1} texts; expected one vector of finite numbers each")
+        there = {} if self.known is None else self.known([item.id for item in items])
+        missing = [place for place, item in enumerate(items) if item.id not in there]
+        made = np.asarray(self.embedder.encode([query, *(items[place].text for place in missing)]), np.float32)
+        if made.ndim != 2 or len(made) != len(missing) + 1 or not np.isfinite(made).all():
+            raise ValueError(f"embedder: gave {made.shape} for {len(missing) + 1} texts; expected one vector of finite numbers each")
+        vectors = np.empty((len(items) + 1, made.shape[1]), np.float32)
+        vectors[[0, *(place + 1 for place in missing)]] = made
+        for place, item in enumerate(items, 1):
+            if item.id in there:
+                vectors[place] = there[item.id]
         vectors /= np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
         return [
             Score(squash(cosine, self.good, 2), f"embedding ({self.embedder.name}): cosine {cosine:.2f}", self.name, {"cosine": cosine})

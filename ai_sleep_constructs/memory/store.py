@@ -75,7 +75,7 @@ def shingles(text: str) -> set[str]:
     words = _WORD.findall(text.casefold())
     return {*words, *map(" ".join, pairwise(words))} or {text.strip()}
 
-# %% ../../nbs/memory/store.ipynb #09c62b36
+# %% ../../nbs/memory/store.ipynb #26910808
 class MemoryStore:
     """
     Memories in a SQLite file that threads and processes may share.
@@ -122,8 +122,8 @@ class MemoryStore:
         return self.connections.transaction()
 
     def _all(self, sql: str, values: Iterable[Any] = ()) -> list[Any]:
-        with self.connections.errors():
-            return self.connections.get().execute(sql, tuple(values)).fetchall()
+        with self.connections.using() as connection:
+            return connection.execute(sql, tuple(values)).fetchall()
 
     # Adding
 
@@ -152,8 +152,8 @@ class MemoryStore:
         store = self if namespace is None else self.within(namespace)
         row = store._row(text, metadata, id, timestamp)
         try:
-            with self.connections.errors():
-                self.connections.get().execute(INSERT, row)
+            with self.connections.using() as connection:
+                connection.execute(INSERT, row)
         except sqlite3.IntegrityError as error:
             raise ValueError(f"id: {row[0]!r} is taken in the namespace {store.namespace!r}") from error
         return row[0]
@@ -264,8 +264,8 @@ class MemoryStore:
         """Count one more use of each of these memories, now."""
         values = (checked_timestamp(None), self.namespace, json.dumps([int(number) for number in numbers]))
         condition = "namespace = ? AND number IN (SELECT value FROM json_each(?))"
-        with self.connections.errors():
-            self.connections.get().execute(f"UPDATE memories SET uses = uses + 1, used_at = ? WHERE {condition}", values)
+        with self.connections.using() as connection:
+            connection.execute(f"UPDATE memories SET uses = uses + 1, used_at = ? WHERE {condition}", values)
 
     # What was
 

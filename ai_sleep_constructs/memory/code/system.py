@@ -47,7 +47,7 @@ class CodeRetrievalConfig(RetrievalConfig):
             if field.name.endswith("_amount") and getattr(self, field.name) > 1:
                 raise ValueError(f"{field.name}: expected a number from 0 to 1, not {getattr(self, field.name)!r}")
 
-# %% ../../../nbs/memory/code/system.ipynb #0d09bea9
+# %% ../../../nbs/memory/code/system.ipynb #603c4a15
 class CodeMemorySystem(MemorySystem):
     """
     A repository's functions, methods and types as memories, with documentation and debugging sessions beside them.
@@ -78,7 +78,7 @@ class CodeMemorySystem(MemorySystem):
         **options: Any,  # keyword arguments of `MemorySystem`, such as scorer=, embedder= and namespace=
     ) -> None:
         if not isinstance(enable_caching, bool):
-            raise ValueError(f"enable_caching: expected True or False, not {enable_caching!r}")
+            raise ValueError(f"enable_caching: expected True or False, not {enable_caching!r}")  # noqa: TRY004
         if isinstance(prompt_tokens, bool) or not isinstance(prompt_tokens, int) or prompt_tokens < 1:
             raise ValueError(f"prompt_tokens: expected a whole number from 1 on, not {prompt_tokens!r}")
         settings = {
@@ -94,7 +94,7 @@ class CodeMemorySystem(MemorySystem):
         self.config = self.config.changed(**settings)
         self.index = CodeIndex(self.store)
 
-    def _words(self, text: str, metadata: dict[str, Any] | None) -> str | None:
+    def _words(self, text: str, metadata: dict[str, Any] | None) -> str:
         return code_words(text, metadata)
 
     def _tokens(self, query: str) -> list[str]:
@@ -176,7 +176,7 @@ class CodeMemorySystem(MemorySystem):
 
     # Retrieving
 
-    async def retrieve_relevant_memories(  # type: ignore[override]
+    async def retrieve_relevant_memories(
         self,
         context: str | CodeContext,  # a question, or one with what is known around it
         include_file_hashes: bool = True,  # whether a changed file's memories are scored anew although their text is the same
@@ -209,7 +209,7 @@ class CodeMemorySystem(MemorySystem):
         await asyncio.to_thread(self.store.touch, [number for _, number in chosen])
         return Relevant(one for one, _ in chosen)
 
-    def retrieve_relevant_memories_sync(self, context: str | CodeContext, include_file_hashes: bool = True, **options: Any) -> Relevant:  # type: ignore[override]
+    def retrieve_relevant_memories_sync(self, context: str | CodeContext, include_file_hashes: bool = True, **options: Any) -> Relevant:
         "As `retrieve_relevant_memories`, waited for here."
         return finished(self.retrieve_relevant_memories(context, include_file_hashes, **options))
 
@@ -255,7 +255,7 @@ class CodeMemorySystem(MemorySystem):
         if config.enable_dependency_boost:
             for memory, score in zip(memories, scores, strict=True):
                 entity = (memory.metadata or {}).get("entity")
-                if score.value >= config.relevance_threshold and entity in self.graph:
+                if entity is not None and score.value >= config.relevance_threshold and entity in self.graph:
                     near |= {*self.graph.callers(entity), *self.graph.callees(entity)}
         current = self._absolute(about.current_file)
         accessed = {self._absolute(path) for path in about.accessed_files or ()} - {current}
