@@ -1,9 +1,13 @@
 """The shipped experiments through the command line: what they leave behind, and that a seed repeats them exactly."""
 
+import itertools
 import json
+import random
+import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import nbformat
 import pandas as pd
@@ -131,6 +135,10 @@ BRIEF: dict[str, dict[str, object]] = {
     "head_pruning": {"seeds": 2, "random_draws": 2, "guard_sequences": 2, "length": 128, "timing_repeats": 1, "decode_tokens": 2},
     "kv_cache": {"policies": "key_diff,random", "tasks": 2, "seeds": 1, "bits": "8", "recents": "0.0", "context": 256},
     "layer_norm_recalibration": {"damages": "pruned", "arms": "distil", "steps": 4, "seeds": 1, "sequences": 8, "test_sequences": 4},
+    "memory_scoring": {
+        "sizes": "200", "conversations": 2, "questions": 10, "embedder": "none", "paragraphs": 120, "rescored": 2, "likely": 0, "scales": "100,1000",
+        "scale_questions": 3,
+    },
     "online_service": {"arms": "queue,naive", "requests": 10, "seeds": 1, "new_tokens": 4, "recalibration_steps": 1},
     "security_patching": {"models": "llama", "faults": "nan_weight,bit_flip,foreign_hook", "seeds": 1, "train_steps": 8},
     "strategy_ablation": {
@@ -192,3 +200,92 @@ def test_random_memories_of_the_recall_experiment_differ_only_in_which_are_recal
     best, drawn = (cache.votes(states[:5]) for cache in caches)
     assert best.similarity.shape == drawn.similarity.shape == (5, 4)
     assert float(best.similarity[:, 0].min()) > 0.999 > 0.7 > float(drawn.similarity.mean())
+
+
+CONVERSATION = {
+    "session_1_date_time": "1:56 pm on 8 May, 2023",
+    "session_1": [
+        {"speaker": "Ann", "dia_id": "D1:1", "text": "How was the zoo?"},
+        {"speaker": "Bob", "dia_id": "D1:2", "text": "We saw a giraffe."},
+    ],
+    "session_2": [{"speaker": "Ann", "dia_id": "D2:1", "text": "I sold the piano."}],
+}
+QUESTIONS = [
+    {"question": "What did Ann sell?", "evidence": ["D2:1"], "category": 1},
+    {"question": "What did Bob see at the zoo?", "evidence": ["D1:1; D1:2"], "category": 4},
+    {"question": "Of whom is the photo?", "evidence": ["D9:9"], "category": 1},
+    {"question": "What did Ann see?", "evidence": ["D1:2"], "category": 5, "adversarial_answer": "a giraffe"},
+]
+
+
+def cells_of_memory_scoring(*starts: str) -> dict[str, Any]:
+    "What the cells of the experiment that begin with one of these define."
+    made: dict[str, Any] = {"json": json, "re": re, "Path": Path, "itertools": itertools}
+    for cell in nbformat.read(find_experiment("memory_scoring").path, 4).cells:
+        if cell.source.startswith(starts):
+            exec(cell.source.split("\nmemories, asked =")[0], made)
+    return made
+
+
+@pytest.mark.parametrize("form", ["nested", "flat", "lists", "objects"])
+def test_a_file_of_conversations_is_read_in_each_of_its_forms(tmp_path: Path, form: str) -> None:
+    sessions: Any = [CONVERSATION["session_1"], CONVERSATION["session_2"]]
+    if form == "objects":
+        sessions = [{"date_time": CONVERSATION["session_1_date_time"], "turns": sessions[0]}, {"turns": sessions[1]}]
+    held: dict[str, Any] = {"nested": {"conversation": CONVERSATION}, "flat": dict(CONVERSATION)}.get(form, {"sessions": sessions})
+    path = tmp_path / "given.json"
+    path.write_text(json.dumps([{**held, "qa": QUESTIONS}]))
+    ((memories, asked),), left_out = cells_of_memory_scoring("def read_conversations")["read_conversations"](path)
+    assert [memory["id"] for memory in memories] == ["D1:1", "D1:2", "D2:1"] and left_out == 2
+    assert [memory["metadata"]["session"] for memory in memories] == ["session_1", "session_1", "session_2"]
+    assert form == "lists" or [memory["metadata"].get("date") for memory in memories] == ["1:56 pm on 8 May, 2023"] * 2 + [None]
+    assert [one["evidence"] for one in asked] == [["D2:1"], ["D1:1", "D1:2"]]
+
+
+@pytest.mark.parametrize(("given", "said"), [
+    ("{", "is not JSON"),
+    ("{}", "is not a list of conversations"),
+    (json.dumps([{"qa": []}]), "conversation 0 has neither"),
+    (json.dumps([CONVERSATION]), "conversation 0 has no list `qa`"),
+    (json.dumps([{"session_1": [{"speaker": "Ann", "text": "Hello"}], "qa": []}]), "turn 0 of session_1 has no text `dia_id`"),
+    (json.dumps([{"sessions": [CONVERSATION["session_2"]] * 2, "qa": []}]), "'D2:1' is there twice"),
+    (json.dumps([{**CONVERSATION, "qa": QUESTIONS[2:]}]), "no question whose evidence is there"),
+    (json.dumps([{**CONVERSATION, "qa": [{"evidence": []}]}]), "qa 0 has no text `question`"),
+    (json.dumps([{"sessions": 3, "qa": []}]), "`sessions` is not a list"),
+    (None, "cannot be read"),
+])
+def test_a_file_of_conversations_that_cannot_be_used_is_said_to_be_so(tmp_path: Path, given: str | None, said: str) -> None:
+    path = tmp_path / "given.json"
+    if given is not None:
+        path.write_text(given)
+    with pytest.raises(ValueError, match=re.escape(said)) as caught:
+        cells_of_memory_scoring("def read_conversations")["read_conversations"](path)
+    assert str(caught.value).startswith("data: ")
+
+
+def test_built_conversations_have_their_evidence_once_and_the_sizes_they_were_asked_for() -> None:
+    built = cells_of_memory_scoring("SUBJECTS")["built"]
+    memories, asked = built(400, random.Random(1), "test", 60)
+    assert built(400, random.Random(1), "test", 60) == (memories, asked) and len(memories) == 400 and len(asked) > 30
+    texts = {memory["id"]: memory for memory in memories}
+    assert len(texts) == 400 and {one["kind"] for one in asked} == {"direct", "answer", "later"}
+    assert len({one["question"] for one in asked}) == len(asked)
+    for one in asked:
+        (evidence,) = (texts[id] for id in one["evidence"])
+        said = set(re.findall(r"\w{4,}", evidence["text"].lower()))
+        name = next(word for word in one["question"].split() if word.rstrip("?").istitle() and word not in ("What", "Which", "Where", "How")).rstrip("?")
+        assert not said & (set(re.findall(r"\w{4,}", one["question"].lower())) - {name.lower()}), (one, evidence)
+        if one["kind"] == "direct":
+            assert name in evidence["text"] or evidence["metadata"]["speaker"] == name
+
+
+def test_a_given_file_is_searched(tmp_path: Path) -> None:
+    path = tmp_path / "given.json"
+    path.write_text(json.dumps([{**CONVERSATION, "qa": QUESTIONS}]))
+    done = run("memory_scoring", tmp_path / "runs", **{**BRIEF["memory_scoring"], "datasets": "data", "data": path, "scales": "100"})
+    assert done.returncode == 0, done.stderr[-3000:]
+    (finished,) = find_finished(tmp_path / "runs")
+    metrics = result(Path(getattr(finished, "folder", finished)))["metrics"]
+    assert metrics["data_questions"] == 2 and metrics["data_questions_left_out"] == 2 and metrics["data_words_around_recall_at_5"] == 1.0
+    refused = run("memory_scoring", tmp_path / "refused", datasets="data")
+    assert refused.returncode and "data: the dataset 'data' needs the path of a file" in refused.stderr
