@@ -13,29 +13,27 @@ from typing import NamedTuple
 from .candidates import STOP_WORDS
 from .likeness import stem
 
-# %% ../../nbs/memory/contradictions.ipynb #9562c8e3
-_TOKEN = re.compile(r"[-+]?(?<![\w.])\d+(?:[.,:/-]\d+)*(?:%|st\b|nd\b|rd\b|th\b)?|[^\W\d_]\w*(?:['’]\w+)*(?:\+\+|#)?|\d\w*|[.!?\n]")
-_DATES = frozenset(
-    """january february april june july august september october november december monday tuesday wednesday thursday friday saturday sunday
-    mondays tuesdays wednesdays thursdays fridays saturdays sundays noon midnight spring summer autumn winter""".split()
-)
-_NUMBERS = frozenset(
-    """two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen twenty thirty forty
-    fifty sixty seventy eighty ninety hundred thousand million twice""".split()
-)
-_CLOCK = frozenset("am pm o'clock oclock".split())
-_NEGATIONS = frozenset("not no never none nobody nothing neither nor without cannot cant dont doesnt isnt wont wasnt arent".split())
-_CHANGES = frozenset(
-    """moved changed renamed rescheduled switched became raised lowered increased decreased postponed delayed extended updated now currently
-    instead actually anymore longer still always already today""".split()
-)
-_BE = frozenset("be is are was were been being am 's get gets got".split())
-_VERBS = frozenset("is are was were has have".split())
-_PAST = frozenset(
-    """went bought ate saw met took came ran gave made drove flew read wrote told spent lost won sold sent found left brought paid
-    drank slept sat stood spoke rode swam sang fell felt built caught taught thought heard kept held cut hit put shut hurt""".split()
-)
-_STATED = frozenset("need seed feed speed indeed hundred red bed shed breed exceed proceed succeed fixed".split())
+# %% ../../nbs/memory/contradictions.ipynb #9bad7ffc
+_TOKEN = re.compile(r"[-+]?(?<![\w.])\d+(?:[.,:/-]\d+)*(?:%|st\b|nd\b|rd\b|th\b)?|[^\W\d_]\w*(?:['\u2019]\w+)*(?:\+\+|#)?|\d\w*|[.!?\n]")
+
+
+def _set(words: str) -> frozenset[str]:
+    return frozenset(words.split())
+
+
+_DATES = _set("""january february april june july august september october november december monday tuesday wednesday thursday friday saturday sunday
+    mondays tuesdays wednesdays thursdays fridays saturdays sundays noon midnight spring summer autumn winter""")
+_NUMBERS = _set("""two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen twenty thirty forty
+    fifty sixty seventy eighty ninety hundred thousand million twice""")
+_CLOCK = _set("am pm o'clock oclock")
+_NEGATIONS = _set("not no never none nobody nothing neither nor without cannot cant dont doesnt isnt wont wasnt arent")
+_CHANGES = _set("""moved changed renamed rescheduled switched became raised lowered increased decreased postponed delayed extended updated now currently
+    instead actually anymore longer still always already today""")
+_BE = _set("be is are was were been being am 's get gets got")
+_VERBS = _set("is are was were has have")
+_PAST = _set("""went bought ate saw met took came ran gave made drove flew read wrote told spent lost won sold sent found left brought paid
+    drank slept sat stood spoke rode swam sang fell felt built caught taught thought heard kept held cut hit put shut hurt""")
+_STATED = _set("need seed feed speed indeed hundred red bed shed breed exceed proceed succeed fixed")
 
 
 class Details(NamedTuple):
@@ -58,7 +56,7 @@ def details(text: str) -> Details:
     dates: dict[str, set[str]] = {}
     names: dict[str, set[str]] = {}
     negated, event, start, subject, symbols = 0, False, True, set[str](), set[str]()
-    tokens = _TOKEN.findall(text.replace("’", "'"))
+    tokens = _TOKEN.findall(text.replace("\u2019", "'"))
     lower = [token.casefold() for token in tokens]
     verb = next((place for place, word in enumerate(lower) if word in _VERBS), 0)  # what is before it is what the text is about
     for place, (token, word) in enumerate(zip(tokens, lower, strict=True)):

@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['Sets', 'as_sets', 'alike_pairs', 'Words', 'stem', 'close_pairs']
 
-# %% ../../nbs/memory/likeness.ipynb #d50b1f64
+# %% ../../nbs/memory/likeness.ipynb #9c4e837f
 import re
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 
 import numpy as np
 
@@ -66,7 +67,7 @@ def alike_pairs(sets: Sets, threshold: float, *, window: int = 32) -> tuple[np.n
     kept = (likeness >= threshold) & (common > 1)
     return np.stack([left[kept], right[kept]], 1), likeness[kept]
 
-# %% ../../nbs/memory/likeness.ipynb #ae87c162
+# %% ../../nbs/memory/likeness.ipynb #86334246
 class Words:
     """The words of many texts as numbers."""
 
@@ -99,6 +100,7 @@ class Words:
         return np.diff(as_sets(self.rows, self.words, self.count)[1])
 
 
+@lru_cache(maxsize=65536)
 def stem(word: str) -> str:
     """The word without a common English ending, the same for most forms of it."""
     for ending in ("ing", "ed", "es", "s"):
