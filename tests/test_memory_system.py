@@ -8,8 +8,8 @@ import warnings
 import pytest
 
 from ai_sleep_constructs.memory.answers import ScoreError
-from ai_sleep_constructs.memory.calls import JudgeUnavailable
-from ai_sleep_constructs.memory.system import MemorySystem, NearDuplicateWarning, finished
+from ai_sleep_constructs.memory.calls import JudgeUnavailable, finished
+from ai_sleep_constructs.memory.system import MemorySystem, NearDuplicateWarning
 
 
 def scored(prompt, good="harbour"):

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['COLUMN_WEIGHTS', 'EMBEDDING_WEIGHT', 'CodeRetrievalConfig', 'CodeMemorySystem']
 
-# %% ../../../nbs/memory/code/system.ipynb #486742f1
+# %% ../../../nbs/memory/code/system.ipynb #c1281da2
 import asyncio
 import dataclasses
 import json
@@ -15,7 +15,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-from ..calls import ModelFn, call_once
+from ..calls import ModelFn, call_once, finished
 from ..candidates import Candidate, content_words
 from .context import TEMPLATE, CodeContext, approximate_tokens, checked_template, code_for_prompt, stack_frames
 from .graph import DependencyGraph
@@ -25,7 +25,7 @@ from ..judge import LLMJudge
 from ..results import Relevant, ScoredMemory
 from ..scoring import Item, Score
 from ..store import Memory
-from ..system import MemorySystem, RetrievalConfig, finished
+from ..system import MemorySystem, RetrievalConfig
 
 # %% ../../../nbs/memory/code/system.ipynb #c42019ac
 COLUMN_WEIGHTS = (0.1, 1.0, 1.0, 1.0)  # of the text, the speaker, the date and the words of identifiers

@@ -1,0 +1,348 @@
+"""A night of the text memory: said once, contradictions pointed out, the least used let go, and all of it taken back."""
+
+import asyncio
+import json
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ai_sleep_constructs.memory.calls import CallLimitError
+from ai_sleep_constructs.memory.contradictions import contradiction, differ
+from ai_sleep_constructs.memory.system import MemorySystem
+
+
+def quiet(model=None, path=":memory:", **options):
+    return MemorySystem(model, path, near_duplicate=None, **{"embedder": None, "retry_delay": 0.0, **options})
+
+
+def note(id, text, day=1, **metadata):
+    return {"id": id, "text": text, "timestamp": f"2026-01-{day:02}T12:00:00+00:00", "metadata": metadata or None}
+
+
+RENT = "The rent of the flat is 500 euros a month."
+
+
+def notes():
+    return [
+        note("a", RENT, 1, source="mail"),
+        note("b", RENT.lower(), 2, speaker=None, tags=["x"]),
+        note("c", "The rent of the flat is now 600 euros a month.", 3),
+        note("d", "Our dog is called Rex.", 4),
+        note("e", "The guest network of the cabin is called Lakeside.", 5),
+    ]
+
+
+def everything(system):
+    return system.store.list()
+
+
+def test_duplicates_are_merged_and_their_sources_kept():
+    with quiet() as system:
+        system.add_memories(notes())
+        system.store.touch([1, 1])
+        system.store.touch([1])
+        report = system.sleep_sync()
+        kept = system.get_memory("b")  # equally full, later
+        assert system.get_memory("a") is None and kept["text"] == RENT.lower() and kept["metadata"]["tags"] == ["x"]
+        assert kept["metadata"]["sources"] == [{"id": "a", "timestamp": "2026-01-01T12:00:00.000000+00:00", "metadata": {"source": "mail"}}]
+        assert system.store.get("b").uses == 2
+        assert report["merged"] == 1 and report["ids"]["merged"] == {"b": ["a"]} and (report["before"], report["after"]) == (5, 4)
+        assert report["bytes_before"] > 0 and system.history("a")[0]["text"] == RENT
+        system.add_memories([note("f", RENT, 6, source="call")])
+        system.sleep_sync()
+        again = system.get_memory("f")["metadata"]
+        assert [source["id"] for source in again["sources"]] == ["a", "b"] and again["source"] == "call"
+        assert len(system) == 4 and system.sleep_sync()["id"] is None  # nothing left to do, and nothing written
+
+
+def test_the_fuller_text_stays_and_the_number_of_sources_is_bounded():
+    with quiet() as system:
+        base = "the committee agreed to paint the old harbour gate dark green before the summer fair and to ask the school choir to sing"
+        system.add_memories([note("full", base + " there", 1), *(note(f"n{day}", base, day) for day in range(2, 12))])
+        report = system.sleep_sync(max_sources=4)
+        metadata = system.get_memory("full")["metadata"]
+        assert report["merged"] == 10 and [source["id"] for source in metadata["sources"]] == ["n8", "n9", "n10", "n11"]
+        assert metadata["sources_left_out"] == 6
+        system.revert_consolidation()
+        assert len(system) == 11 and system.get_memory("full")["metadata"] is None
+
+
+def test_what_says_something_else_is_never_merged():
+    pairs = [
+        ("The meeting is on Monday at ten.", "The meeting is on Tuesday at ten."), (RENT, RENT.replace("500", "600")),
+        ("Dana likes tea with milk and sugar.", "Dana does not like tea with milk and sugar."),
+        ("I write all of it in C for the old machine.", "I write all of it in C++ for the old machine."),
+        ("We sail from the harbour of Brest at dawn.", "We sail from the harbour of Cadiz at dawn."),
+        ("It is -5 degrees at the weather station.", "It is 5 degrees at the weather station."),
+    ]
+    for one, two in pairs:
+        assert differ(one, two)
+        with quiet() as system:
+            system.add_memories([one, two, "Something else."])
+            report = system.sleep_sync(near_duplicate=0.3, least_alike=0.3)
+            assert report["merged"] == 0 and len(system) == 3
+    with quiet() as system:  # nor what two people said of themselves
+        system.add_memories([(RENT, {"speaker": "Ann"}), (RENT, {"speaker": "Bob"}), (RENT, {"speaker": "Ann"})])
+        assert system.sleep_sync()["merged"] == 1 and len(system) == 2
+
+
+def test_a_chain_does_not_become_one_cluster():
+    with quiet() as system:
+        words = [f"word{chr(97 + n)}" for n in range(26)]
+        system.add_memories([note(f"n{start}", " ".join(words[start : start + 12]), start + 1) for start in range(12)])
+        report = system.sleep_sync(6, half_life_days=1.0)
+        assert report["merged"] and all(abs(int(kept[1:]) - int(one[1:])) <= 3 for kept, ones in report["ids"]["merged"].items() for one in ones)
+
+
+def test_contradictions_are_flagged_on_both_and_the_flags_go_with_their_reason():
+    with quiet() as system:
+        system.add_memories(notes())
+        report = system.sleep_sync()
+        assert report["flagged"] == 1 and report["ids"]["flagged"] == [["c", "b", "another number: 500, then 600"]]
+        assert system.get_memory("c")["metadata"]["contradicts"] == [{"id": "b", "reason": "another number: 500, then 600"}]
+        assert system.get_memory("b")["metadata"]["contradicted_by"][0]["id"] == "c"
+        assert system.get_memory("d")["metadata"] is None and len(system) == 4
+        system.update_memory("c", text="The rent of the flat is paid.")
+        assert system.sleep_sync()["flagged"] == 0
+        assert "contradicted_by" not in system.get_memory("b")["metadata"]
+        system.store.update("c", text="The rent of the flat is now 600 euros a month.")
+        assert system.sleep_sync(contradictions=False)["flagged"] == 0
+    with quiet() as system:  # the date that was given counts, not the order of adding
+        system.add_memories([(RENT.replace("500", "600"), {"date": "2026-05-01"}), (RENT, {"date": "2026-01-01"})])
+        system.sleep_sync()
+        assert "contradicts" in everything(system)[0].metadata
+
+
+def test_a_series_of_one_pattern_is_no_heap_of_contradictions():
+    with quiet() as system:
+        system.add_memories([f"The reading of the water meter is {n} litres." for n in range(100, 130)])
+        report = system.sleep_sync()
+        assert report["flagged"] == report["merged"] == 0 and report["series"] == 30
+    assert contradiction("I bought 3 pears at the market.", "I bought 5 pears at the market.") is None
+
+
+def test_over_the_budget_the_least_used_and_oldest_go_first():
+    things = ["tide tables", "bread", "chess", "granite", "otters", "violins"]
+    with quiet() as system:
+        system.add_memories([note(f"n{day}", f"A remark about {thing}.", day) for day, thing in enumerate(things, 1)])
+        system.store.touch([1])
+        system.store.touch([1, 2])
+        report = system.sleep_sync(3)
+        assert report["ids"]["dropped"] == ["n3", "n4", "n5"] and {memory.id for memory in everything(system)} == {"n1", "n2", "n6"}
+        assert system.history("n3")[0]["text"] == "A remark about chess."
+        assert system.sleep_sync(0.5)["after"] == 1 and system.sleep_sync(0.01)["after"] == 1
+
+
+def model(answer="They spoke about the harbour wall."):
+    async def write(prompt):
+        write.prompts.append(prompt)
+        if write.fails:
+            raise ConnectionError("refused")
+        assert not write.busy()
+        return answer
+
+    write.prompts, write.fails, write.busy = [], False, lambda: False
+    return write
+
+
+HARBOUR = [
+    "The harbour wall of Brest is built of granite.", "Granite for the harbour wall of Brest came by ship.", "Nobody pays for the harbour wall of Brest.",
+    "Tomatoes need warm soil.", "Tomatoes need water in warm soil.", "Basil likes warm soil as tomatoes do.", "A clock stands there.",
+]
+
+
+def test_summaries_name_their_sources_and_are_asked_for_once():
+    write = model()
+    with quiet(write) as system:
+        ids = system.add_memories([(text, {"session": "s"}) for text in HARBOUR])
+        write.busy = lambda: system.store.connections.get().in_transaction
+        report = asyncio.run(system.sleep(summarise=True))
+        made = {frozenset(of): system.get_memory(id) for id, of in report["ids"]["summarised"].items()}
+        assert set(made) == {frozenset(ids[:3]), frozenset(ids[3:6])} and len(write.prompts) == report["summarised"] == 2
+        assert all(memory["metadata"] == {"session": "s", "summary_of": [id for id in ids if id in of]} for of, memory in made.items())
+        assert all(f"begin memory {n}]" in write.prompts[0] for n in (1, 2, 3)) and len(system) == 9
+        assert system.sleep_sync(summarise=True)["id"] is None and len(write.prompts) == 2
+        system.add_memory("The harbour wall of Brest has a crack.", {"session": "s"})
+        report = system.sleep_sync(summarise=True)
+        assert report["summarised"] == report["replaced"] == 1 and len(write.prompts) == 3 and len(system) == 10
+        system.revert_consolidation(report["id"])
+        assert len(system) == 10 and system.get_memory(report["ids"]["replaced"][0]) is not None
+
+
+def test_a_model_that_fails_changes_nothing_and_calls_are_bounded():
+    write = model()
+    with quiet(write) as system:
+        system.add_memories([*HARBOUR, HARBOUR[0]])
+        before, write.fails = everything(system), True
+        with pytest.raises(ConnectionError, match="refused"):
+            system.sleep_sync(3, summarise=True)
+        with pytest.raises(CallLimitError, match="max_calls=1"):
+            system.sleep_sync(3, summarise=True, max_calls=1)
+        assert everything(system) == before and system.consolidations() == []
+        write.fails, count = False, len(write.prompts)
+        assert system.sleep_sync(summarise=True, max_calls=1)["summarised"] == 1 and len(write.prompts) == count + 1
+    with quiet(model(" ")) as system:
+        system.add_memories(HARBOUR)
+        with pytest.raises(ValueError, match="with nothing"):
+            system.sleep_sync(summarise=True)
+        assert len(system) == 7
+
+
+def test_all_of_it_is_reverted_also_after_a_restart(tmp_path: Path):
+    path, write = tmp_path / "m.db", model()
+    with quiet(write, path) as system:
+        system.add_memories([*notes(), *HARBOUR])
+        system.store.touch([1, 3])
+        before = everything(system)
+        first = system.sleep_sync(9, summarise=True)
+        assert first["merged"] and first["dropped"] and first["flagged"] and first["summarised"]
+        between = everything(system)
+        second = system.sleep_sync(4)
+        assert second["after"] == 4
+    with quiet(write, path) as system:
+        assert [entry["id"] for entry in system.consolidations()] == [second["id"], first["id"]]
+        assert system.consolidations()[1]["ids"] == first["ids"]
+        with pytest.raises(ValueError, match=f"revert {second['id']} first"):
+            system.revert_consolidation(first["id"])
+        system.revert_consolidation()
+        assert everything(system) == between
+        assert system.revert_consolidation(first["id"])["left"] == [] and everything(system) == before
+        assert system.store.integrity_check() == [] and all(entry["reverted"] for entry in system.consolidations())
+        for id, message in ((first["id"], "reverted already"), (99, "no consolidation"), (None, "no consolidation to revert")):
+            with pytest.raises(ValueError, match=message):
+                system.revert_consolidation(id)
+
+
+def test_reverting_keeps_what_was_changed_since():
+    with quiet() as system:
+        system.add_memories(notes())
+        system.store.touch([2, 3])
+        report = system.sleep_sync(3)
+        assert report["ids"]["dropped"] == ["d"]
+        system.update_memory("b", text="The rent is settled.", metadata={**system.get_memory("b")["metadata"], "mine": 1})
+        system.store.add("Another dog.", id="d")
+        system.delete_memory("c")
+        system.store.delete("a", erase=True)
+        out = system.revert_consolidation()
+        assert out["left"] == ["d"] and out["erased"] == 1 and out["restored"] == 0
+        assert system.get_memory("b")["text"] == "The rent is settled." and system.get_memory("b")["metadata"] == {"tags": ["x"], "speaker": None, "mine": 1}
+        assert system.get_memory("a") is system.get_memory("c") is None and system.get_memory("d")["text"] == "Another dog."
+
+
+def test_what_others_change_while_it_plans_is_left_alone():
+    write = model()
+    with quiet(write) as system:
+        system.add_memories([*notes(), *HARBOUR])
+
+        def meanwhile():
+            def change():
+                system.update_memory("a", text="Other.")
+                system.add_memory("New.")
+                system.store.connections.get().close()
+
+            if len(write.prompts) == 1:
+                thread = threading.Thread(target=change)
+                thread.start()
+                thread.join()
+            return False
+
+        write.busy = meanwhile
+        report = system.sleep_sync(summarise=True)
+        assert report["changed_meanwhile"] == 1 and report["merged"] == 0 and system.get_memory("a")["text"] == "Other."
+        assert report["after"] == 12 + 1 + report["summarised"]
+
+
+class Meaning:
+    """Vectors by hand: texts that begin alike mean the same."""
+
+    name, size = "by-hand", 8
+
+    def encode(self, texts):
+        return np.stack([np.random.default_rng(sum(text[:6].encode())).standard_normal(8) for text in texts]).astype(np.float32)
+
+
+def test_with_vectors_what_is_worded_otherwise_is_merged_too():
+    texts = ["Boats leave when the tide turns.", "Boats depart at the change of the water.", "Otters sleep on their backs.", "Chess is slow."]
+    for embedder, merged in ((None, 0), (Meaning(), 1)):
+        with quiet(embedder=embedder) as system:
+            system.add_memories(texts)
+            assert embedder is None or system.candidates.vectors.wait()
+            assert system.sleep_sync()["merged"] == merged and len(system) == 4 - merged
+
+
+def test_arguments_that_cannot_be_used_are_refused():
+    with quiet() as system:
+        system.add_memories(notes())
+        for budget in (0, -1, 1.5, True, "3"):
+            with pytest.raises(ValueError, match="budget"):
+                system.sleep_sync(budget)
+        for options, message in (
+            ({"summarise": True}, "small_model_fn"), ({"near_duplicate": 0}, "near_duplicate"), ({"least_alike": 0.95}, "least_alike"),
+            ({"max_calls": 0}, "max_calls"), ({"cluster_size": 2}, "cluster_size"), ({"apart": "speaker"}, "apart"), ({"half_life_days": float("inf")}, "half_life"),
+        ):
+            with pytest.raises(ValueError, match=message):
+                system.sleep_sync(**options)
+        with pytest.raises(TypeError, match="no_such"):
+            system.sleep_sync(no_such=1)
+        assert len(system) == 5
+
+
+def test_namespaces_sleep_for_themselves(tmp_path: Path):
+    with quiet(path=tmp_path / "m.db", namespace="one") as one, quiet(path=tmp_path / "m.db", namespace="two") as two:
+        for system in (one, two):
+            system.add_memories(notes())
+        saved = one.snapshot()
+        assert one.sleep_sync()["merged"] == 1 and len(two) == 5 and two.consolidations() == []
+        two.sleep_sync()
+        one.restore(saved)
+        assert len(one) == 5 and len(two) == 4
+
+
+def test_twenty_thousand_memories():
+    rng = np.random.default_rng(0)
+    words = np.array([f"w{chr(97 + n % 26)}{chr(97 + n // 26 % 26)}{chr(97 + n // 676)}" for n in range(17000)])
+    weights = 1 / np.arange(2, 17002)
+    originals = rng.choice(words, (10_000, 12), p=weights / weights.sum())
+    texts = [" ".join(row) for row in originals]
+    with quiet() as system:
+        system.add_memories(texts + [text.upper() + "!" for text in texts])
+        report = system.sleep_sync(8_000)
+        assert report["merged"] >= 10_000 and report["after"] == 8_000
+        assert system.revert_consolidation()["restored"] == 12_000 and len(system) == 20_000
+
+
+@pytest.mark.parametrize("after", [(1.0,), (1.5, 1.0)], ids=["kept", "rolled back"])
+def test_a_whole_night(after):
+    from ai_sleep_constructs import AISleepController, OptimizationStrategy, SleepMode, SleepTrigger
+    from ai_sleep_constructs.sleep.state import LMModelState
+    from ai_sleep_constructs.sleep.strategies.base import SleepContext, run_transaction
+    from ai_sleep_constructs.sleep.strategies.semantic_consolidation import SemanticConsolidation
+
+    class Guard:
+        bits = [1.0, *after]
+
+        def bits_per_byte(self, model):
+            return self.bits.pop(0)
+
+    with quiet() as system:
+        system.add_memories(notes())
+        before = everything(system)
+        context = SleepContext(LMModelState("m"), object(), guard=Guard(), stores={"notes": system})
+        report = run_transaction(SemanticConsolidation(memory_budget=0.6, rehearsal_steps=0), context)
+        if len(after) > 1:
+            assert report.status == "rolled_back", report
+            assert everything(system) == before and system.consolidations()[0]["reverted"]
+            return
+        assert report.status == "committed" and len(system) == 3 and report.details["consolidated"] == 1, report
+        night = report.details["memories"]["notes"]
+        assert (night["merged"], night["dropped"], night["flagged"]) == (1, 1, 0) and "ids" not in night and json.dumps(night)
+        system.revert_consolidation(night["id"])
+        assert everything(system) == before
+        controller = AISleepController("m")
+        controller.configure_deep_sleep(strategies=[OptimizationStrategy.SEMANTIC_CONSOLIDATION], memory_budget=4, rehearsal_steps=0)
+        controller.rebind(stores={"notes": system})
+        controller.initiate_sleep(SleepTrigger.MANUAL, SleepMode.DEEP_SLEEP)
+        assert controller.last_report.strategies[0].status == "committed" and len(system) == 4
+        assert system.get_memory("c")["metadata"]["contradicts"]
