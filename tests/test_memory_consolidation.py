@@ -321,7 +321,8 @@ def test_a_whole_night(after):
     from ai_sleep_constructs.sleep.strategies.semantic_consolidation import SemanticConsolidation
 
     class Guard:
-        bits = [1.0, *after]
+        def __init__(self):
+            self.bits = [1.0, *after]
 
         def bits_per_byte(self, model):
             return self.bits.pop(0)

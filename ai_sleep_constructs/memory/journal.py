@@ -59,14 +59,14 @@ def _size(connection: sqlite3.Connection, namespace: str) -> tuple[int, int]:
 def _version(connection: sqlite3.Connection) -> int:
     return connection.execute("SELECT seq FROM sqlite_sequence WHERE name = 'versions'").fetchone()[0]
 
-# %% ../../nbs/memory/journal.ipynb #3b943a82
+# %% ../../nbs/memory/journal.ipynb #d31efdc7
 class Journal:
     "The consolidations of a store's namespace."
 
     def __init__(self, store: MemoryStore) -> None:
         self.store = store
-        with store.connections.errors():
-            store.connections.get().execute(_TABLE)
+        with store.connections.using() as connection:
+            connection.execute(_TABLE)
 
     def read(self) -> tuple[list[Memory], int]:
         "All memories, and the last version that there was then."
@@ -161,20 +161,20 @@ class Journal:
     def last(self) -> int:
         "The number of the last consolidation, 0 for none."
         select = "SELECT coalesce(max(consolidation), 0) FROM consolidations WHERE namespace = ?"
-        with self.store.connections.errors():
-            return self.store.connections.get().execute(select, (self.store.namespace,)).fetchone()[0]
+        with self.store.connections.using() as connection:
+            return connection.execute(select, (self.store.namespace,)).fetchone()[0]
 
     def open(self, after: int = 0) -> list[int]:
         "The numbers of the consolidations after one that are not undone, the last first."
         select = "SELECT consolidation FROM consolidations WHERE namespace = ? AND consolidation > ? AND reverted IS NULL ORDER BY 1 DESC"
-        with self.store.connections.errors():
-            return [number for (number,) in self.store.connections.get().execute(select, (self.store.namespace, after))]
+        with self.store.connections.using() as connection:
+            return [number for (number,) in connection.execute(select, (self.store.namespace, after))]
 
     def entries(self, limit: int = 20) -> list[dict[str, Any]]:
         "The reports of the last consolidations, the last first, each with `at`, and with `reverted`: when, or None."
         select = "SELECT consolidation, at, reverted, report FROM consolidations WHERE namespace = ? ORDER BY consolidation DESC LIMIT ?"
-        with self.store.connections.errors():
-            rows = self.store.connections.get().execute(select, (self.store.namespace, limit)).fetchall()
+        with self.store.connections.using() as connection:
+            rows = connection.execute(select, (self.store.namespace, limit)).fetchall()
         return [{**json.loads(report), "id": id, "at": at, "reverted": reverted} for id, at, reverted, report in rows]
 
     def revert(self, id: int) -> dict[str, Any]:
@@ -233,7 +233,8 @@ class Journal:
     def _unmark(self, now: Memory, version: int, encoded: str | None) -> None:
         old, own = json.loads(encoded or "{}"), dict(now.metadata or {})
         metadata = {key: value for key, value in own.items() if key not in OURS} | {key: old[key] for key in OURS if key in old}
-        text = self.store.connections.get().execute("SELECT text FROM versions WHERE version = ?", (version,)).fetchone()[0]
+        with self.store.connections.using() as connection:
+            text = connection.execute("SELECT text FROM versions WHERE version = ?", (version,)).fetchone()[0]
         if metadata == old and text == now.text:
             self.store.revert(now.id, version)
         else:

