@@ -19,7 +19,7 @@ from .planning import ConsolidationConfig, Plan, Planner
 from .store import Memory, MemoryStore
 from .summaries import clusters, written
 
-# %% ../../nbs/memory/consolidation.ipynb #909ea427
+# %% ../../nbs/memory/consolidation.ipynb #c63de599
 class Consolidation:
     "Sleep for a memory system."
 

@@ -13,7 +13,7 @@ from typing import NamedTuple
 from .candidates import STOP_WORDS
 from .likeness import stem
 
-# %% ../../nbs/memory/contradictions.ipynb #588afbf7
+# %% ../../nbs/memory/contradictions.ipynb #42d37729
 _TOKEN = re.compile(r"[-+]?(?<![\w.])\d+(?:[.,:/-]\d+)*(?:%|st\b|nd\b|rd\b|th\b)?|[^\W\d_]\w*(?:['\u2019]\w+)*(?:\+\+|#)?|\d\w*|[.!?\n]")
 
 
@@ -85,8 +85,8 @@ def details(text: str) -> Details:
             before = [one for one in lower[max(0, place - 2) : place] if one not in _NEGATIONS]
             event = event or (past and token[0].islower() and word not in _CHANGES and not (_BE & set(before) or "'s" in "".join(before)))
         start = False
-    frozen = [{name: frozenset(where) for name, where in kind.items()} for kind in (numbers, dates, names)]
-    return Details(frozen[0], frozen[1], frozen[2], negated, frozenset(lower), frozenset(subject), event, frozenset(symbols))
+    one, two, three = ({name: frozenset(where) for name, where in kind.items()} for kind in (numbers, dates, names))
+    return Details(one, two, three, negated, frozenset(lower), frozenset(subject), event, frozenset(symbols))
 
 
 def _dated(word: str) -> bool:

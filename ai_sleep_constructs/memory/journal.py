@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MARKS', 'OURS', 'Summary', 'merged_metadata', 'Journal']
 
-# %% ../../nbs/memory/journal.ipynb #b8997419
+# %% ../../nbs/memory/journal.ipynb #70a44e48
 import json
 import sqlite3
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from typing import Any
 
 from .planning import ConsolidationConfig, Plan
 from .store import Memory, MemoryStore
-from .transfer import checked_timestamp
+from .transfer import INSERT, checked_metadata, checked_timestamp
 
 # %% ../../nbs/memory/journal.ipynb #30edbe41
 MARKS = ("contradicts", "contradicted_by")
@@ -59,7 +59,7 @@ def _size(connection: sqlite3.Connection, namespace: str) -> tuple[int, int]:
 def _version(connection: sqlite3.Connection) -> int:
     return connection.execute("SELECT seq FROM sqlite_sequence WHERE name = 'versions'").fetchone()[0]
 
-# %% ../../nbs/memory/journal.ipynb #d31efdc7
+# %% ../../nbs/memory/journal.ipynb #ad707752
 class Journal:
     "The consolidations of a store's namespace."
 
@@ -128,6 +128,7 @@ class Journal:
         flagged: Sequence[tuple[int, int, str]], config: ConsolidationConfig,
     ) -> None:
         marks: dict[int, dict[str, list[dict[str, str]]]] = {}
+        new: list[tuple[Memory, dict[str, Any] | None]] = []
         for early, late, reason in flagged:
             marks.setdefault(late, {}).setdefault("contradicts", []).append({"id": memories[early].id, "reason": reason})
             marks.setdefault(early, {}).setdefault("contradicted_by", []).append({"id": memories[late].id, "reason": reason})
@@ -137,7 +138,15 @@ class Journal:
             if config.contradictions:
                 metadata = {key: value for key, value in metadata.items() if key not in MARKS} | marks.get(place, {})
             if metadata != (memory.metadata or {}):
-                self.store.update(memory.id, metadata=metadata)
+                new.append((memory, metadata))
+        self._write(new)
+
+    def _write(self, changes: Sequence[tuple[Memory, dict[str, Any] | None]]) -> None:
+        "Give memories other metadata."
+        words = self.store.words
+        rows = [(checked_metadata(about), words(one.text, about) if words else None, one.number) for one, about in changes]
+        with self.store.connections.using() as connection:
+            connection.executemany("UPDATE memories SET metadata = ?, words = ? WHERE number = ?", rows)
 
     @staticmethod
     def _add_uses(connection: sqlite3.Connection, memories: Sequence[Memory], merges: dict[int, list[int]]) -> dict[str, int]:
@@ -203,39 +212,33 @@ class Journal:
                     out["left"] += [one] if store.get(one) else []
                 else:
                     out["removed"] += store.delete(one)
-            columns = "version, id, action, metadata, used_at"
-            made = f"SELECT {columns} FROM versions WHERE namespace = ? AND version > ? AND version <= ? ORDER BY version DESC"
-            grown = json.loads(uses)
-            for version, one, action, encoded, used_at in connection.execute(made, (name, first, last)).fetchall():
-                now = store.get(one)
+            columns = "id, number, action, text, metadata, timestamp, uses, used_at"
+            made = f"SELECT {columns} FROM versions WHERE namespace = ? AND version > ? AND version <= ? ORDER BY number"
+            rows = connection.execute(made, (name, first, last)).fetchall()
+            here = {memory.id: memory for memory in store.list()}
+            grown, unmarked, back = json.loads(uses), [], []
+            for key, number, action, text, encoded, timestamp, used, used_at in rows:
+                now, old = here.get(key), json.loads(encoded) if encoded else None
                 if action == "erase":
                     out["erased"] += 1
+                elif action == "delete" and now is None and key not in since:
+                    words = store.words(text, old) if store.words else None
+                    back.append((number, key, name, text, encoded, timestamp, words, used, used_at))
                 elif action == "delete":
-                    if now is None and one not in since:
-                        out["restored"] += store.revert(one, version)
-                    else:
-                        out["left"].append(one)
+                    out["left"].append(key)
                 elif now is not None:
-                    self._unmark(now, version, encoded)
-                    out["unmarked"] += 1
-                    if one in grown:
-                        back = "uses = max(0, uses - ?), used_at = CASE WHEN uses = ? THEN ? ELSE used_at END"
-                        values = (grown[one], self._uses(connection, name, version) + grown[one], used_at, now.number)
-                        connection.execute(f"UPDATE memories SET {back} WHERE number = ?", values)
+                    metadata = {field: value for field, value in (now.metadata or {}).items() if field not in OURS}
+                    metadata |= {field: old[field] for field in OURS if old and field in old}
+                    unmarked.append((now, metadata or (None if old is None else {})))
+                    if key in grown:
+                        change = "uses = max(0, uses - ?), used_at = CASE WHEN uses = ? THEN ? ELSE used_at END"
+                        values = (grown[key], used + grown[key], used_at, now.number)
+                        connection.execute(f"UPDATE memories SET {change} WHERE number = ?", values)
+            self._write(unmarked)
+            connection.executemany(INSERT.replace("(id", "(number, id").replace("(?", "(?, ?"), back)
+            restored = "INSERT INTO versions (namespace, id, number, action, at) VALUES (?, ?, ?, 'restore', ?)"
+            connection.executemany(restored, [(name, row[1], row[0], checked_timestamp(None)) for row in back])
+            out["restored"], out["unmarked"] = len(back), len(unmarked)
             undone = "UPDATE consolidations SET reverted = ? WHERE consolidation = ?"
             connection.execute(undone, (checked_timestamp(None), id))
         return out
-
-    @staticmethod
-    def _uses(connection: sqlite3.Connection, namespace: str, version: int) -> int:
-        return connection.execute("SELECT uses FROM versions WHERE namespace = ? AND version = ?", (namespace, version)).fetchone()[0]
-
-    def _unmark(self, now: Memory, version: int, encoded: str | None) -> None:
-        old, own = json.loads(encoded or "{}"), dict(now.metadata or {})
-        metadata = {key: value for key, value in own.items() if key not in OURS} | {key: old[key] for key in OURS if key in old}
-        with self.store.connections.using() as connection:
-            text = connection.execute("SELECT text FROM versions WHERE version = ?", (version,)).fetchone()[0]
-        if metadata == old and text == now.text:
-            self.store.revert(now.id, version)
-        else:
-            self.store.update(now.id, metadata=metadata)
