@@ -8,7 +8,6 @@ __all__ = ['COLUMN_WEIGHTS', 'EMBEDDING_WEIGHT', 'CodeRetrievalConfig', 'CodeMem
 # %% ../../../nbs/memory/code/system.ipynb #c1281da2
 import asyncio
 import dataclasses
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
