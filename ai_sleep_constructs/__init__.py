@@ -3,8 +3,9 @@
 The public names below are looked up on first use, so that importing the package is quick and does not import torch.
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from ai_sleep_constructs.reference.public import public_names
 
 if TYPE_CHECKING:
     from ai_sleep_constructs.reference.corpus import load_corpus
@@ -51,15 +52,4 @@ __all__ = [
 
 _ELSEWHERE = {"load_corpus": "reference.corpus", "load_model": "reference.loading", "save_pruned": "sleep.head_surgery"}
 
-
-def __getattr__(name: str) -> Any:
-    """The public name `name`, imported from the module that defines it; AttributeError for any other name."""
-    if name not in __all__:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}; its public names are {', '.join(__all__)}")
-    value = getattr(import_module(f"{__name__}.{_ELSEWHERE.get(name, 'sleep')}"), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__ = public_names(__name__, {name: _ELSEWHERE.get(name, "sleep") for name in __all__})

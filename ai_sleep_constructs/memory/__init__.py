@@ -1,7 +1,8 @@
 """Text that is remembered, and the evidence in it found again. Importing this package imports no model library."""
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from ai_sleep_constructs.reference.public import public_names
 
 if TYPE_CHECKING:
     from ai_sleep_constructs.memory.answers import ScoreError
@@ -49,15 +50,4 @@ _HOMES = {
     "openai_compatible_llm": "llms",
 }
 
-
-def __getattr__(name: str) -> Any:
-    """The public name `name`, imported from the module that defines it; AttributeError for any other name."""
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}; its public names are {', '.join(__all__)}")
-    value = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__ = public_names(__name__, _HOMES)

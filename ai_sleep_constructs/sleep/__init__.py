@@ -3,8 +3,9 @@
 The public names below are looked up on first use; the modules that need torch are imported then and not before.
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from ai_sleep_constructs.reference.public import public_names
 
 if TYPE_CHECKING:
     from ai_sleep_constructs.sleep.adapter import (
@@ -54,15 +55,4 @@ _HOMES = {
     "create_sleep_enabled_model": "adapter",
 }
 
-
-def __getattr__(name: str) -> Any:
-    """The public name `name`, imported from the module that defines it; AttributeError for any other name."""
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}; its public names are {', '.join(_HOMES)}")
-    value = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__ = public_names(__name__, _HOMES)
