@@ -25,12 +25,6 @@ def bare(request):
     return FAMILIES[request.param]().eval()
 
 
-@pytest.fixture
-def llama():
-    torch.manual_seed(0)
-    return FAMILIES["llama"]().eval()
-
-
 def ids(rows, length, seed=1):
     return torch.randint(1, 128, (rows, length), generator=torch.Generator().manual_seed(seed))
 

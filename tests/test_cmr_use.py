@@ -12,15 +12,8 @@ from ai_sleep_constructs.cmr.tensor_buffer import TensorBuffer
 from ai_sleep_constructs.reference.loading import load_model
 from ai_sleep_constructs.reference.architecture import attention_blocks
 from ai_sleep_constructs.sleep.head_surgery import prune_groups
-from families import FAMILIES
 
 ALL = {"target_layers": [1, 2], "relevance_threshold": 0.0, "scoring_method": "surprise", "max_states_per_layer": 500, "places": "clamped"}
-
-
-@pytest.fixture
-def llama():
-    torch.manual_seed(0)
-    return FAMILIES["llama"]().eval()
 
 
 @pytest.fixture(scope="module")
