@@ -7,7 +7,6 @@ __all__ = ['ALIKE', 'speakers', 'LayeredMemoryBuffer']
 
 # %% ../../nbs/cmr/buffer.ipynb #d31dc480
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from torch import Tensor
 from .entry import MemoryEntry
 from .rows import Rows, changes, check_int, check_number, check_tensors, columns_of
 from .tensor_buffer import TensorBuffer
+from ..reference.files import replacing
 
 # %% ../../nbs/cmr/buffer.ipynb #3cf74775
 ALIKE = 0.95  # the cosine of memories that may become one
@@ -227,14 +227,9 @@ class LayeredMemoryBuffer(TensorBuffer):
         filepath: str | Path,  # the file, replaced in one step
     ) -> None:
         "Write settings, statistics and all memories, without those that were spilled, to one safetensors file."
-        path = Path(filepath)
         tensors = {f"{layer}.{name}": column.cpu() for layer, columns in self._held().items() for name, column in columns.items()}
-        beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        try:
+        with replacing(filepath) as beside:
             beside.write_bytes(save({**tensors, "lots": self._lots.get_state()}, {"buffer": json.dumps(self._settings())}))
-            beside.replace(path)
-        finally:
-            beside.unlink(missing_ok=True)
 
     def load_state(
         self,
