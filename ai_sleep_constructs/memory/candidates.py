@@ -125,8 +125,7 @@ class Candidates:
 
     def _all(self, sql: str, scope: tuple[str, list[Any]], *last: Any, first: Iterable[Any] = ()) -> list[Any]:
         condition, values = scope
-        with self.store.connections.using() as connection:
-            return connection.execute(sql.format(condition), (*first, *values, *last)).fetchall()
+        return self.store.connections.rows(sql.format(condition), (*first, *values, *last))
 
     def _matching(self, query: str, scope: tuple[str, list[Any]], pool: int) -> dict[int, float]:
         words = self._rarest(quoted(self.tokenize(query)))
@@ -156,8 +155,7 @@ class Candidates:
         near = "SELECT {0}(number) FROM memories AS n WHERE n.namespace = m.namespace AND n.session = m.session AND n.number {1} m.number"
         sql = f"""SELECT number, ({near.format("max", "<")}), ({near.format("min", ">")}) FROM memories AS m
             WHERE number IN (SELECT value FROM json_each(?)) AND session IS NOT NULL"""
-        with self.store.connections.using() as connection:
-            rows = connection.execute(sql, (json.dumps(sorted(numbers)),)).fetchall()
+        rows = self.store.connections.rows(sql, (json.dumps(sorted(numbers)),))
         return {number: (before, after) for number, before, after in rows}
 
     def _smoothed(self, hits: dict[int, float], most: int, scope: tuple[str, list[Any]] | None) -> dict[int, float]:

@@ -13,9 +13,10 @@ import tempfile
 import threading
 import time
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
+from typing import Any
 
 from ..reference.files import replacing
 
@@ -151,6 +152,11 @@ class Connections:
                 if not self.closed:
                     raise
                 raise StoreError(f"{self.path} was closed") from error
+
+    def rows(self, sql: str, values: Iterable[Any] = ()) -> list[Any]:
+        """All that a statement gives; StoreError as `using`."""
+        with self.using() as connection:
+            return connection.execute(sql, tuple(values)).fetchall()
 
     @contextmanager
     def transaction(self) -> Iterator[sqlite3.Connection]:

@@ -75,8 +75,7 @@ class Consolidation:
             return {}
         select = """SELECT v.number, v.vector FROM vectors AS v JOIN embedders AS e USING (embedder) JOIN memories AS m ON m.number = v.number
             WHERE e.name = ? AND m.namespace = ?"""
-        with self.store.connections.using() as connection:
-            rows = connection.execute(select, (index.embedder.name, self.store.namespace)).fetchall()
+        rows = self.store.connections.rows(select, (index.embedder.name, self.store.namespace))
         matrix = np.frombuffer(b"".join(row[1] for row in rows), "<f2").astype(np.float32).reshape(len(rows), -1)
         matrix /= np.maximum(np.linalg.norm(matrix, axis=1, keepdims=True), 1e-12)
         return dict(zip((row[0] for row in rows), matrix, strict=True))

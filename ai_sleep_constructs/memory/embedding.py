@@ -163,8 +163,7 @@ class VectorIndex:
         self._check()
         sql = """SELECT count(*) FROM memories AS m WHERE namespace = ? AND NOT EXISTS
             (SELECT 1 FROM vectors AS v WHERE v.number = m.number AND v.embedder = ?)"""
-        with self.store.connections.using() as connection:
-            return connection.execute(sql, (self.store.namespace, self._key)).fetchone()[0]
+        return self.store.connections.rows(sql, (self.store.namespace, self._key))[0][0]
 
     def wait(self, seconds: float = 60.0) -> bool:
         """Wait until every memory has a vector; whether that came about in this time."""
@@ -229,8 +228,7 @@ class VectorIndex:
         """The vectors, float32 [size], of those of these memories that have one, by id."""
         sql = """SELECT m.id, v.vector FROM memories AS m JOIN vectors AS v ON v.number = m.number AND v.embedder = ?
             WHERE m.namespace = ? AND m.id IN (SELECT value FROM json_each(?))"""
-        with self.store.connections.using() as connection:
-            rows = connection.execute(sql, (self._key, self.store.namespace, json.dumps(list(ids)))).fetchall()
+        rows = self.store.connections.rows(sql, (self._key, self.store.namespace, json.dumps(list(ids))))
         return {id: np.frombuffer(vector, "<f2").astype(np.float32) for id, vector in rows}
 
     def search(self, query: str, limit: int = 50) -> list[tuple[int, float]]:

@@ -170,20 +170,17 @@ class Journal:
     def last(self) -> int:
         "The number of the last consolidation, 0 for none."
         select = "SELECT coalesce(max(consolidation), 0) FROM consolidations WHERE namespace = ?"
-        with self.store.connections.using() as connection:
-            return connection.execute(select, (self.store.namespace,)).fetchone()[0]
+        return self.store.connections.rows(select, (self.store.namespace,))[0][0]
 
     def open(self, after: int = 0) -> list[int]:
         "The numbers of the consolidations after one that are not undone, the last first."
         select = "SELECT consolidation FROM consolidations WHERE namespace = ? AND consolidation > ? AND reverted IS NULL ORDER BY 1 DESC"
-        with self.store.connections.using() as connection:
-            return [number for (number,) in connection.execute(select, (self.store.namespace, after))]
+        return [number for (number,) in self.store.connections.rows(select, (self.store.namespace, after))]
 
     def entries(self, limit: int = 20) -> list[dict[str, Any]]:
         "The reports of the last consolidations, the last first, each with `at`, and with `reverted`: when, or None."
         select = "SELECT consolidation, at, reverted, report FROM consolidations WHERE namespace = ? ORDER BY consolidation DESC LIMIT ?"
-        with self.store.connections.using() as connection:
-            rows = connection.execute(select, (self.store.namespace, limit)).fetchall()
+        rows = self.store.connections.rows(select, (self.store.namespace, limit))
         return [{**json.loads(report), "id": id, "at": at, "reverted": reverted} for id, at, reverted, report in rows]
 
     def revert(self, id: int) -> dict[str, Any]:

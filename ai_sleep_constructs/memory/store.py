@@ -115,15 +115,11 @@ class MemoryStore:
 
     def namespaces(self) -> dict[str, int]:
         """How many memories each namespace of the file has."""
-        return dict(self._all("SELECT namespace, count(*) FROM memories GROUP BY namespace ORDER BY namespace"))
+        return dict(self.connections.rows("SELECT namespace, count(*) FROM memories GROUP BY namespace ORDER BY namespace"))
 
     def transaction(self) -> AbstractContextManager[sqlite3.Connection]:
         """What is written in the block by this thread happens whole or not at all. Never held while a model is asked."""
         return self.connections.transaction()
-
-    def _all(self, sql: str, values: Iterable[Any] = ()) -> list[Any]:
-        with self.connections.using() as connection:
-            return connection.execute(sql, tuple(values)).fetchall()
 
     # Adding
 
@@ -189,7 +185,7 @@ class MemoryStore:
     # Reading
 
     def _select(self, condition: str, values: Iterable[Any]) -> Memories:
-        return [_memory(row) for row in self._all(f"SELECT {COLUMNS} FROM memories WHERE namespace = ? AND {condition}", values)]
+        return [_memory(row) for row in self.connections.rows(f"SELECT {COLUMNS} FROM memories WHERE namespace = ? AND {condition}", values)]
 
     def get(self, id: str) -> Memory | None:
         """The memory of this id, or None."""
@@ -215,11 +211,11 @@ class MemoryStore:
         condition, values = compile_where(where)
         rows = f"SELECT 1 FROM memories WHERE namespace = ? AND {condition} LIMIT ?"
         limit = -1 if at_most is None else at_most
-        return self._all(f"SELECT count(*) FROM ({rows})", (self.namespace, *values, limit))[0][0]
+        return self.connections.rows(f"SELECT count(*) FROM ({rows})", (self.namespace, *values, limit))[0][0]
 
     def version(self) -> int:
         """A number that grows with every memory added, changed or deleted in the file, by whomever; not with `touch`."""
-        return self._all("SELECT sum(seq) FROM sqlite_sequence WHERE name IN ('memories', 'versions')")[0][0]
+        return self.connections.rows("SELECT sum(seq) FROM sqlite_sequence WHERE name IN ('memories', 'versions')")[0][0]
 
     # Changing
 
@@ -278,7 +274,7 @@ class MemoryStore:
         """
         keys = ("version", "action", "at", "id", "text", "metadata", "timestamp")
         select = f"SELECT {', '.join(keys)} FROM versions WHERE namespace = ? AND id = ? ORDER BY version DESC"
-        rows = (dict(zip(keys, row, strict=True)) for row in self._all(select, (self.namespace, id)))
+        rows = (dict(zip(keys, row, strict=True)) for row in self.connections.rows(select, (self.namespace, id)))
         return [{**row, "metadata": None if row["metadata"] is None else json.loads(row["metadata"])} for row in rows]
 
     def revert(self, id: str, version: int) -> bool:
@@ -314,7 +310,7 @@ class MemoryStore:
         if not longest:
             return []
         query = f"text : ({' OR '.join(f'{chr(34)}{word}{chr(34)}' for word in longest)})"
-        rows = self._all(
+        rows = self.connections.rows(
             """SELECT m.id, m.text FROM memories_text JOIN memories AS m ON m.number = memories_text.rowid
             WHERE memories_text MATCH ? AND m.namespace = ? ORDER BY bm25(memories_text) LIMIT ?""",
             (query, self.namespace, limit),
@@ -334,9 +330,9 @@ class MemoryStore:
 
     def integrity_check(self) -> list[str]:
         """What is wrong in the file, its tables or its full-text index; empty when all is well."""
-        problems = [text for (text,) in self._all("PRAGMA integrity_check") if text != "ok"]
+        problems = [text for (text,) in self.connections.rows("PRAGMA integrity_check") if text != "ok"]
         try:
-            self._all("INSERT INTO memories_text (memories_text, rank) VALUES ('integrity-check', 1)")
+            self.connections.rows("INSERT INTO memories_text (memories_text, rank) VALUES ('integrity-check', 1)")
         except sqlite3.DatabaseError as error:
             problems.append(f"memories_text is not in step with memories: {error}")
         return problems

@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import Any, Literal
 
 from .calls import ModelFn, call_once, finished
@@ -74,6 +74,7 @@ class MemorySystem(Consolidation):
     """
 
     CONFIG: type[RetrievalConfig] = RetrievalConfig
+    FINDING: Mapping[str, Any] = MappingProxyType({})  # how `Candidates` are found, where it is not their own default
 
     def __init__(
         self,
@@ -127,7 +128,7 @@ class MemorySystem(Consolidation):
             self.scorer = self._chosen(scorer)
         self.store = MemoryStore(db_path, durability=durability, namespace=namespace, words=self._words)
         try:
-            self.candidates = Candidates(self.store, limit=max_candidates, embedder=embedder, tokenize=self._tokens)
+            self.candidates = Candidates(self.store, limit=max_candidates, embedder=embedder, tokenize=self._tokens, **self.FINDING)
             if asks:
                 if cache_size:
                     self.cache = ScoreCache(":memory:" if self.store.connections.temporary else self.store.path, size=cache_size)
@@ -262,11 +263,26 @@ class MemorySystem(Consolidation):
         by_number = {one.number: one for one in found}
         memories = sorted(await asyncio.to_thread(self.store.get_many, by_number), key=lambda memory: memory.number)
         scores = await self._scored(context, memories)
-        out = [
-            self._result(memory, score, by_number[memory.number], explain)
-            for memory, score in zip(memories, scores, strict=True) if score.value >= self.config.relevance_threshold
-        ]
-        out.sort(key=lambda one: -one[0].relevance_score)
+        return await self._ranked(memories, scores, [{} for _ in memories], by_number if explain else None)
+
+    async def _ranked(
+        self, memories: Sequence[Memory], scores: Sequence[Score], boosts: Sequence[Mapping[str, float]], explained: Mapping[int, Candidate | None] | None
+    ) -> Relevant:
+        "Those at the threshold or above with their boosts, best first, and counted as used; with what candidates they were, each is explained."
+        out = []
+        for memory, score, boost in zip(memories, scores, boosts, strict=True):
+            total = min(1.0, score.value + sum(boost.values()))
+            if total < self.config.relevance_threshold:
+                continue
+            why = "".join(f"; {name} +{amount:.2f}" for name, amount in boost.items())
+            parts = None
+            if explained is not None:
+                candidate = explained[memory.number] or Candidate(memory.number, 0.0, None, 0.0)
+                parts = {"lexical": candidate.lexical, "candidate": candidate.score, score.source: score.value, **score.parts, **boost}
+                if candidate.embedding is not None:
+                    parts["embedding"] = candidate.embedding
+            out.append((ScoredMemory.of(memory, total, score.reasoning + why, score.source, parts), memory.number))
+        out.sort(key=lambda pair: -pair[0].relevance_score)
         chosen = out[: self.config.max_memories]
         await asyncio.to_thread(self.store.touch, [number for _, number in chosen])
         return Relevant(one for one, _ in chosen)
@@ -289,14 +305,6 @@ class MemorySystem(Consolidation):
             if isinstance(outcome, Exception) else outcome
             for outcome, word in zip(outcomes, words, strict=True)
         ]
-
-    def _result(self, memory: Memory, score: Score, candidate: Candidate, explain: bool) -> tuple[ScoredMemory, int]:
-        parts = None
-        if explain:
-            parts = {"lexical": candidate.lexical, "candidate": candidate.score, score.source: score.value, **score.parts}
-            if candidate.embedding is not None:
-                parts["embedding"] = candidate.embedding
-        return ScoredMemory.of(memory, score.value, score.reasoning, score.source, parts), memory.number
 
     def retrieve_relevant_memories_sync(self, context: str, *, where: Mapping[str, Any] | None = None, explain: bool = False) -> Relevant:
         "As `retrieve_relevant_memories`, waited for here."

@@ -9,7 +9,7 @@ __all__ = ['entity_text', 'code_words', 'code_metadata', 'Indexed', 'shown_path'
 import json
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -110,8 +110,7 @@ class CodeIndex:
         self._lock = threading.RLock()
 
     def _all(self, sql: str, *values: Any) -> list[Any]:
-        with self.store.connections.using() as connection:
-            return connection.execute(sql, (self.store.namespace, *values)).fetchall()
+        return self.store.connections.rows(sql, (self.store.namespace, *values))
 
     def digests(self) -> dict[str, str]:
         "The hash that each file had, by absolute path."
@@ -220,8 +219,6 @@ class CodeIndex:
 
 
 def _moved(parsed: Parsed, path: str) -> Parsed:
-    from dataclasses import replace
-
     return replace(parsed, path=path, entities=tuple(replace(one, path=path) for one in parsed.entities))
 
 

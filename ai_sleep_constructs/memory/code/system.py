@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from ..calls import ModelFn, call_once, finished
@@ -61,6 +62,7 @@ class CodeMemorySystem(MemorySystem):
     """
 
     CONFIG = CodeRetrievalConfig
+    FINDING = MappingProxyType({"column_weights": COLUMN_WEIGHTS, "neighbour_shares": (), "embedding_weight": EMBEDDING_WEIGHT})
 
     def __init__(
         self,
@@ -96,8 +98,6 @@ class CodeMemorySystem(MemorySystem):
             small_model_fn, db_path, relevance_threshold, max_memories, batch_size, retry_attempts, retry_delay,
             **{"near_duplicate": None, **options},
         )
-        self.candidates.column_weights, self.candidates.neighbour_shares = COLUMN_WEIGHTS, ()
-        self.candidates.embedding_weight = EMBEDDING_WEIGHT
         self.index = CodeIndex(self.store)
         self.update_retrieval_config(**settings)
 
@@ -208,23 +208,7 @@ class CodeMemorySystem(MemorySystem):
         items = [self._shown(memory, include_file_hashes) for memory in memories]
         scores = await self._scored(about.user_query, items, about.around())
         boosts = await asyncio.to_thread(self._boosts, about, memories, scores, framed)
-        out = []
-        for memory, score, boost in zip(memories, scores, boosts, strict=True):
-            total = min(1.0, score.value + sum(boost.values()))
-            if total < self.config.relevance_threshold:
-                continue
-            why = "".join(f"; {name} +{amount:.2f}" for name, amount in boost.items())
-            parts = None
-            if explain:
-                candidate = found[memory.number] or Candidate(memory.number, 0.0, None, 0.0)
-                parts = {"lexical": candidate.lexical, "candidate": candidate.score, score.source: score.value, **score.parts, **boost}
-                if candidate.embedding is not None:
-                    parts["embedding"] = candidate.embedding
-            out.append((ScoredMemory.of(memory, total, score.reasoning + why, score.source, parts), memory.number))
-        out.sort(key=lambda pair: -pair[0].relevance_score)
-        chosen = out[: self.config.max_memories]
-        await asyncio.to_thread(self.store.touch, [number for _, number in chosen])
-        return Relevant(one for one, _ in chosen)
+        return await self._ranked(memories, scores, boosts, found if explain else None)
 
     def retrieve_relevant_memories_sync(self, context: str | CodeContext, include_file_hashes: bool = True, **options: Any) -> Relevant:
         "As `retrieve_relevant_memories`, waited for here."
@@ -234,10 +218,9 @@ class CodeMemorySystem(MemorySystem):
         "The candidates by number, and which of them stack frames point at: those are always among them."
         framed = self._framed(about.errors, where) if about.errors else []
         query = "\n".join(part for part in (about.user_query, about.errors, about.recent_changes, about.additional_context) if part)
-        room = max(1, self.max_candidates - len(framed))
         found: dict[int, Candidate | None] = dict.fromkeys(framed)
         for one in self.candidates.find(query, where, self.max_candidates):
-            if one.number in found or len(found) < room + len(framed):
+            if one.number in found or len(found) < max(self.max_candidates, len(framed) + 1):
                 found[one.number] = one
         return found, set(framed)
 
