@@ -249,6 +249,20 @@ def test_search_agrees_with_all_cosines(store: MemoryStore) -> None:
     assert [found[m.number] for m in kept] == pytest.approx(cosines.tolist(), abs=2e-3)
 
 
+def test_the_share_of_the_words_has_a_scale(store: MemoryStore) -> None:
+    fill(store)
+    store.add_many(["a moth on the relay of Harvard today", "a moth in the garden of Harvard today", "the relay under the desk of Harvard today"])
+    shares = {c.number: c.share for c in Candidates(store, fill=False).find("relay moth")}
+    assert shares[301] == pytest.approx(1, abs=0.2) and shares[302] == pytest.approx(shares[303]) == pytest.approx(shares[301] / 2, abs=0.05)
+    longer = {c.number: c.share for c in Candidates(store, fill=False).find("relay moth unicorn dragon griffin")}
+    assert longer[301] < 0.5 * shares[301]  # words that no memory has count too
+    for number in range(40):
+        store.add(f"the relay {number} of the build")
+    every, few = ({c.number: c.share for c in Candidates(store, ranked=ranked, fill=False).find("moth relay")} for ranked in (8000, 20))
+    assert 303 in every and 303 not in few  # relays are not looked up, but count where they are
+    assert few[301] == pytest.approx(every[301], abs=0.1) and few[301] - few[302] > 0.2
+
+
 def test_common_words_are_left_out_where_they_would_bring_too_many(store: MemoryStore) -> None:
     fill(store)
     store.add_many(["a passed moth", "a moth", "passed over the number"])

@@ -418,9 +418,10 @@ def test_lexical_scores_tell_the_memory_that_answers() -> None:
     assert values[0] > values[1] > values[2] == 0
     assert scores_of(LexicalScorer(), "lunch", items)[2] > 0.7
     assert [value > 0 for value in scores_of(LexicalScorer(), "of the", items)] == [False, False, True]  # nothing else to go by
-    rare = LexicalScorer(frequencies=lambda terms: ({"python": 10, "typing": 90_000, "type": 90_000}, 100_000))
-    both = scores_of(rare, "python typing", [Item("1", "python snakes"), Item("2", "typing slowly")])
-    assert both[0] > 0.7 > 0.3 > both[1]
+    known = [Item("1", "python snakes", share=0.4), Item("2", "typing slowly", share=0.01), Item("3", "python typing")]
+    both = asyncio.run(LexicalScorer().score("python typing", known))  # a search knows how rare the words are elsewhere
+    assert both[0].value > 0.7 > 0.1 > both[1].value > 0 and both[2].value > both[0].value
+    assert "1 of 2 words" in both[0].reasoning and both[0].parts == {"share": 0.4}
 
 
 def test_lexical_ranks_like_bm25_of_the_database() -> None:

@@ -210,9 +210,42 @@ def test_vectors_that_are_there_are_not_made_again():
         assert system.candidates.vectors.wait(10)
         before = embedder.texts
         found = system.retrieve_relevant_memories_sync("harbour wall")
-        assert embedder.texts - before == 2 and len(found) == 10  # the query, for the candidates and for the scores
+        assert embedder.texts - before == 1 and len(found) == 10  # the query
         apart = Letters()
         from ai_sleep_constructs.memory.scoring import EmbeddingScorer
 
         alone = EmbeddingScorer(apart).measure("harbour wall", system.store.list())
         assert sorted((s.value for s in alone), reverse=True)[:10] == pytest.approx([m.relevance_score for m in found], abs=2e-3)
+
+
+@pytest.mark.parametrize("scorer", ["lexical", "llm that fails"])
+def test_words_are_scored_as_the_search_found_them(scorer):
+    def fail(prompt):
+        raise ConnectionError("down")
+
+    options = {"on_failure": "prefilter", "retry_attempts": 1} if scorer != "lexical" else {}
+    with quiet(fail if options else None, relevance_threshold=0.0, max_memories=60, **options) as system:
+        system.add_memories([f"Ada said something about the number {n} and the weather" for n in range(300)])
+        system.add_memories([({"session": "s"}, text) [::-1] for text in ("Any news about the cello?", "Well, she gave it away.")])
+        query = "Did Ada have news of the cello?"
+        found = system.retrieve_relevant_memories_sync(query, explain=True)
+        order = {one.number: place for place, one in enumerate(system.candidates.find(query))}
+        numbers = {memory.id: memory.number for memory in system.store.list()}
+        assert [order[numbers[m.memory_id]] for m in found] == sorted(order.values())[: len(found)]  # rare words and neighbours count as they did
+        first, second = found[:2]
+        assert first.text.endswith("cello?") and first.relevance_score > second.relevance_score > 0.7 > found[2].relevance_score
+        assert second.text == "Well, she gave it away." and "stands beside" in second.reasoning
+
+
+def test_what_sleep_wrote_on_a_memory_is_not_shown_to_the_model():
+    seen = []
+
+    def model(prompt):
+        seen.append(prompt)
+        return scored(prompt)
+
+    about = {"speaker": "Ada", "sources": [{"id": "zebra"}], "contradicts": [{"id": "yak"}], "sources_left_out": 17}
+    with quiet(model) as system:
+        system.add_memory("The harbour wall", about)
+        assert system.retrieve_relevant_memories_sync("harbour")[0].metadata == about
+    assert "Ada" in seen[0] and not any(word in seen[0] for word in ("zebra", "yak", "sources", "contradicts"))

@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['STOP_WORDS', 'Fusion', 'content_words', 'quoted', 'Candidate', 'Candidates']
 
-# %% ../../nbs/memory/candidates.ipynb #1bffb433
+# %% ../../nbs/memory/candidates.ipynb #521ce700
 import json
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -43,7 +44,7 @@ def quoted(words: Iterable[str], most: int = 32) -> list[str]:
     kept = sorted((word for word in distinct if _WORD.search(word)), key=lambda word: -len(word))[:most]
     return ['"' + word.replace('"', '""') + '"' for word in kept]
 
-# %% ../../nbs/memory/candidates.ipynb #1ae68add
+# %% ../../nbs/memory/candidates.ipynb #404efb9a
 Fusion = Literal["zscore", "rrf"]
 
 
@@ -55,6 +56,7 @@ class Candidate:
     lexical: float  # BM25 and what neighbours give, 0 for no word in common
     embedding: float | None  # the cosine, None without an embedder or before the vector is made
     score: float  # of both: the order of the candidates; comparable within one query only
+    share: float = 0.0  # of the query's words, by how rare they are; neighbours can bring it above 1
 
 
 class Candidates:
@@ -95,7 +97,7 @@ class Candidates:
         self._own = embedder is not None and not isinstance(embedder, VectorIndex)
         self.vectors: VectorIndex | None = None
         if embedder is not None:
-            self.vectors = embedder if isinstance(embedder, VectorIndex) else VectorIndex(store, embedder)
+            self.vectors = embedder if isinstance(embedder, VectorIndex) else VectorIndex(store, embedder, context=bool(neighbour_shares))
 
     def find(self, query: str, where: Mapping[str, Any] | None = None, limit: int | None = None) -> list[Candidate]:
         """The candidates for a query among the memories that the filter holds for, the best first, at most `limit` of them."""
@@ -106,7 +108,10 @@ class Candidates:
             raise ValueError(f"limit: {limit!r} is not a positive count")
         scope = compile_where(where)
         pool = max(limit, self.pool)
-        lexical = self._smoothed(self._matching(query, scope, pool), 2 * limit, scope if where else None)
+        last = self.store.connections.rows("SELECT coalesce(max(number), 0) FROM memories")[0][0]
+        words = self._weighed(quoted(self.tokenize(query)), last)
+        searched = self._searched(words) if last > self.ranked else list(words)
+        lexical = self._smoothed(self._matching(searched, scope, pool), limit, scope if where else None)
         cosines = self._similar(query, scope if where else None, pool, lexical)
         found = lexical.keys() | cosines.keys()
         if self.fill and len(found) < limit:
@@ -115,20 +120,25 @@ class Candidates:
             more = [number for (number,) in rows if number not in found][: limit - len(found)]
             lexical |= dict.fromkeys(more, 0.0)
         numbers = sorted(lexical.keys() | cosines.keys())
-        scores = words = np.array([lexical.get(number, 0.0) for number in numbers])
+        scores = points = np.array([lexical.get(number, 0.0) for number in numbers])
         if self.vectors:
-            scores = self._fused(words, np.array([cosines.get(number, np.nan) for number in numbers]))
+            scores = self._fused(points, np.array([cosines.get(number, np.nan) for number in numbers]))
         best = np.argsort(-scores, kind="stable")[:limit]
+        common = self._common([word for word in words if word not in searched], words, [numbers[place] for place in best])
+        whole = sum(rarity for _, rarity in words.values()) or 1.0
         return [
-            Candidate(numbers[place], float(words[place]), cosines.get(numbers[place]), float(scores[place])) for place in best
+            Candidate(
+                numbers[place], float(points[place]), cosines.get(numbers[place]), float(scores[place]),
+                (float(points[place]) + common.get(numbers[place], 0.0)) / whole,
+            )
+            for place in best
         ]
 
     def _all(self, sql: str, scope: tuple[str, list[Any]], *last: Any, first: Iterable[Any] = ()) -> list[Any]:
         condition, values = scope
         return self.store.connections.rows(sql.format(condition), (*first, *values, *last))
 
-    def _matching(self, query: str, scope: tuple[str, list[Any]], pool: int) -> dict[int, float]:
-        words = self._rarest(quoted(self.tokenize(query)))
+    def _matching(self, words: list[str], scope: tuple[str, list[Any]], pool: int) -> dict[int, float]:
         if not words:
             return {}
         sql = """SELECT rowid, -rank FROM memories_text AS f WHERE memories_text MATCH ? AND rank MATCH ? AND EXISTS
@@ -136,19 +146,33 @@ class Candidates:
         weighted = f"bm25({', '.join(str(float(weight)) for weight in self.column_weights)})"
         return dict(self._all(sql, scope, pool, first=(" OR ".join(words), weighted, self.store.namespace)))
 
-    def _rarest(self, words: list[str]) -> list[str]:
-        """The words that bring at most `ranked` memories of the file together, and the rarest in any case."""
-        every: tuple[str, list[Any]] = ("1", [])
-        if self._all("SELECT coalesce(max(number), 0) FROM memories WHERE {}", every)[0][0] <= self.ranked:
-            return words
-        sql = "SELECT count(*) FROM (SELECT 1 FROM memories_text WHERE memories_text MATCH ? AND {} LIMIT ?)"
-        counts = {word: self._all(sql, every, self.ranked + 1, first=(word,))[0][0] for word in words}
-        words, room = sorted(words, key=counts.__getitem__), self.ranked
-        for place, word in enumerate(words):
-            room -= counts[word]
+    def _weighed(self, words: list[str], last: int) -> dict[str, tuple[int, float]]:
+        """In how many memories each word is, and how rare that is; more than `ranked` are estimated by how close the first of them stand."""
+        sql = "SELECT count(*), max(rowid) FROM (SELECT rowid FROM memories_text WHERE memories_text MATCH ? LIMIT ?)"
+        out = {}
+        for word in words:
+            count, end = self.store.connections.rows(sql, (word, self.ranked + 1))[0]
+            count = count if count <= self.ranked else max(count, round(count * last / end))
+            out[word] = count, max(math.log((max(last - count, 0) + 0.5) / (count + 0.5)), 1e-6)  # as FTS5 weighs it
+        return out
+
+    def _searched(self, words: Mapping[str, tuple[int, float]]) -> list[str]:
+        """The words that bring at most `ranked` memories together, the rarest first, and the rarest in any case."""
+        found, room = sorted(words, key=lambda word: words[word][0]), self.ranked
+        for place, word in enumerate(found):
+            room -= words[word][0]
             if room < 0 and place:
-                return words[:place]
-        return words
+                return found[:place]
+        return found
+
+    def _common(self, left: Iterable[str], words: Mapping[str, tuple[int, float]], numbers: list[int]) -> dict[int, float]:
+        """What the words that were not looked up are worth in these memories."""
+        sql = "SELECT rowid FROM memories_text WHERE memories_text MATCH ? AND rowid IN (SELECT value FROM json_each(?))"
+        out = dict[int, float]()
+        for word in left:
+            for (number,) in self.store.connections.rows(sql, (word, json.dumps(numbers))):
+                out[number] = out.get(number, 0.0) + words[word][1]
+        return out
 
     def _around(self, numbers: Iterable[int]) -> dict[int, tuple[int | None, int | None]]:
         """The numbers before and after each of these in its session; nothing for those without a session."""

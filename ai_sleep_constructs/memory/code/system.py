@@ -53,7 +53,7 @@ class CodeRetrievalConfig(RetrievalConfig):
             if field.name.endswith("_amount") and getattr(self, field.name) > 1:
                 raise ValueError(f"{field.name}: expected a number from 0 to 1, not {getattr(self, field.name)!r}")
 
-# %% ../../../nbs/memory/code/system.ipynb #0e4cd7b8
+# %% ../../../nbs/memory/code/system.ipynb #d0ce1cae
 class CodeMemorySystem(MemorySystem):
     """
     A repository's functions, methods and types as memories, with documentation and debugging sessions beside them.
@@ -205,7 +205,7 @@ class CodeMemorySystem(MemorySystem):
         about = context if isinstance(context, CodeContext) else CodeContext(context)
         found, framed = await asyncio.to_thread(self._candidates_for, about, where)
         memories = sorted(await asyncio.to_thread(self.store.get_many, found), key=lambda memory: memory.number)
-        items = [self._shown(memory, include_file_hashes) for memory in memories]
+        items = [self._shown(memory, found[memory.number], include_file_hashes) for memory in memories]
         scores = await self._scored(about.user_query, items, about.around())
         boosts = await asyncio.to_thread(self._boosts, about, memories, scores, framed)
         return await self._ranked(memories, scores, boosts, found if explain else None)
@@ -238,14 +238,14 @@ class CodeMemorySystem(MemorySystem):
                     out[min(around, key=lambda one: (one.metadata or {})["end_line"] - (one.metadata or {})["start_line"]).number] = None
         return list(out)[:10]
 
-    def _shown(self, memory: Memory, hashes: bool) -> Any:
+    def _shown(self, memory: Memory, found: Candidate | None, hashes: bool) -> Item:
         "What a scorer is given: for a model the code and where it stands; for others its words as well."
         about = memory.metadata or {}
-        if isinstance(self.scorer, LLMJudge):
-            if "entity" not in about:
-                return memory
-            return Item(memory.id, memory.text, {"file_hash": about["file_hash"][:16]} if hashes else None)
-        return Item(memory.id, f"{memory.text}\n{code_words(memory.text, about) or ''}", None)
+        if not isinstance(self.scorer, LLMJudge):
+            return self._item(memory, found, f"{memory.text}\n{code_words(memory.text, about)}")
+        if "entity" not in about:
+            return self._item(memory, found)
+        return Item(memory.id, memory.text, {"file_hash": about["file_hash"][:16]} if hashes else None)
 
     def _boosts(self, about: CodeContext, memories: Sequence[Memory], scores: Sequence[Score], framed: set[int]) -> list[dict[str, float]]:
         config = self.config
