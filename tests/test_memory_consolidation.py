@@ -2,6 +2,8 @@
 
 import asyncio
 import json
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -10,6 +12,9 @@ import pytest
 
 from ai_sleep_constructs.memory.calls import CallLimitError
 from ai_sleep_constructs.memory.contradictions import contradiction, differ
+from ai_sleep_constructs.memory.journal import Journal
+from ai_sleep_constructs.memory.planning import ConsolidationConfig, Planner
+from ai_sleep_constructs.memory.store import MemoryStore
 from ai_sleep_constructs.memory.system import MemorySystem
 
 
@@ -311,6 +316,58 @@ def test_thousands_of_memories():
         report = system.sleep_sync(1_600)
         assert report["merged"] >= 2_000 and report["after"] == 1_600
         assert system.revert_consolidation()["restored"] == 2_400 and len(system) == 4_000
+
+
+def planned(store):
+    journal, config = Journal(store), ConsolidationConfig(contradictions=False)
+    memories, since = journal.read()
+    return journal, (memories, since, Planner(memories, config).plan(), config)
+
+
+def pairs(count):
+    texts = [f"Remark about the colour of door {chr(97 + n % 26)}{chr(97 + n // 26)}x in the old town hall." for n in range(count)]
+    return texts + [text.upper() for text in texts]
+
+
+def test_a_consolidation_that_is_killed_half_way_has_not_happened(tmp_path: Path):
+    path = tmp_path / "m.db"
+    code = """if True:
+        import os, sys
+        sys.path.insert(0, sys.argv[2])
+        from test_memory_consolidation import Journal, MemoryStore, planned
+        store = MemoryStore(sys.argv[1])
+        store.connections.get().execute("PRAGMA cache_size = 10")  # what is changed goes to the journal of the file at once
+        Journal._add_uses = staticmethod(lambda *arguments: os.kill(os.getpid(), 9))  # when memories are deleted and others changed
+        journal, arguments = planned(store)
+        journal.apply(*arguments)"""
+    with MemoryStore(path) as store:
+        store.add_many(pairs(400))
+        before = store.list()
+        for _ in range(2):
+            store.connections.rows("PRAGMA wal_checkpoint(TRUNCATE)")
+            assert subprocess.run([sys.executable, "-c", code, str(path), str(Path(__file__).parent)], check=False).returncode == -9
+            assert path.with_name("m.db-wal").stat().st_size > 100_000
+            assert store.list() == before and store.integrity_check() == [] and Journal(store).entries() == []
+            store.add("Another writer does not wait.", id="other")
+            assert store.delete("other")
+        journal, arguments = planned(store)
+        report = journal.apply(*arguments)
+        assert report["merged"] == 400 and report["after"] == 400 and store.integrity_check() == []
+        assert journal.revert(report["id"])["restored"] == 400 and store.list() == before and store.integrity_check() == []
+
+
+def test_merging_many_writes_the_index_once_for_hundreds_of_them():
+    """In rows: 23 for a merge when the index was written after each; the lock for writing was held four times as long."""
+    with MemoryStore(":memory:") as store:
+        store.add_many(pairs(600))
+        journal, arguments = planned(store)
+        connection = store.connections.get()
+        written = connection.total_changes
+        report = journal.apply(*arguments)
+        merging, written = connection.total_changes - written, connection.total_changes
+        assert report["merged"] == 600 and merging < 8 * 600, merging / 600
+        assert journal.revert(report["id"])["restored"] == 600
+        assert connection.total_changes - written < 8 * 600, (connection.total_changes - written) / 600
 
 
 @pytest.mark.parametrize("after", [(1.0,), (1.5, 1.0)], ids=["kept", "rolled back"])

@@ -1,5 +1,6 @@
 """The store under faults: killed writers, several processes and threads, broken and newer files, and a model of what it holds."""
 
+import contextlib
 import json
 import os
 import random
@@ -15,9 +16,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ai_sleep_constructs.memory import connections as connections_module
-from ai_sleep_constructs.memory.connections import Connections, StoreError
+from ai_sleep_constructs.memory.connections import Connections, StoreError, execute_rows
 from ai_sleep_constructs.memory.schema import MIGRATIONS
 from ai_sleep_constructs.memory.store import MemoryStore
+from ai_sleep_constructs.memory.transfer import INSERT
 
 HEAD = "import os, sys\nfrom ai_sleep_constructs.memory.store import MemoryStore\n"
 
@@ -192,6 +194,72 @@ def test_a_migration_backs_up_first_and_a_failed_one_changes_nothing(tmp_path: P
     with pytest.raises(StoreError, match="formats up to"):
         MemoryStore(path)
     assert sorted(file.name for file in tmp_path.glob(".*")) == []
+
+
+def test_a_file_of_the_first_format_is_moved_on_with_its_copy_beside_it(tmp_path: Path) -> None:
+    path = tmp_path / "m.db"
+    first = Connections(path, MIGRATIONS[:1])
+    execute_rows(first.get(), INSERT, [(f"id{n}", "default", f"Old text {n}", '{"speaker":"Ada","n":1}', "2026-01-01", None, 0, None) for n in range(600)])
+    first.close()
+    with MemoryStore(path) as store:
+        assert store.connections.rows("PRAGMA user_version") == [(len(MIGRATIONS),)]
+        assert len(matching(store, "old")) == 600 and store.integrity_check() == []
+        before = index_of(store)
+        assert store.update("id3", metadata={"speaker": "Ada", "n": 2}) and index_of(store) == before and len(store.history("id3")) == 1
+        assert store.update("id3", text="New text") and matching(store, "new") == [4] and 4 not in matching(store, "old")
+        store.add_many([f"later {n}" for n in range(600)])
+        assert len(matching(store, "later")) == 600 and store.integrity_check() == []
+    with contextlib.closing(Connections(f"{path}.bak-v1", MIGRATIONS[:1])) as copy:
+        assert copy.rows("SELECT count(*) FROM memories WHERE text LIKE 'Old text%'") == [(600,)] and copy.rows("PRAGMA user_version") == [(1,)]
+
+
+# What writing costs
+
+
+def index_of(store: MemoryStore) -> list:
+    return store.connections.rows("SELECT id, block FROM memories_text_data ORDER BY id")
+
+
+def test_what_is_not_in_the_index_does_not_rewrite_it(store: MemoryStore) -> None:
+    store.add_many([(f"a text of many words {n}", {"speaker": 1, "n": n}) for n in range(20)])
+    id = store.list()[7].id
+    before = index_of(store)
+    store.update(id, metadata={"speaker": 1, "n": 7, "sources": ["a"]})
+    assert index_of(store) == before and [row["metadata"] for row in store.history(id)] == [{"speaker": 1, "n": 7}]
+    for changes in ({"metadata": {"speaker": 1.0}}, {"metadata": {"speaker": "1.0"}}, {"metadata": {"date": "2026"}}, {"text": "other"}):
+        before = index_of(store)
+        assert store.update(id, **changes) and store.integrity_check() == []
+        assert index_of(store) != before or changes == {"metadata": {"speaker": "1.0"}}, changes
+    assert matching(store, "other") == matching(store, "2026") == [8] and len(store.history(id)) == 5
+    store.words = lambda text, metadata: "added"
+    assert store.update(id, text="other") and matching(store, "added") == [8] and store.integrity_check() == []
+
+
+def test_a_small_write_is_a_few_small_pages(store: MemoryStore) -> None:
+    """With pages of 4 KiB and pieces of the index of the same size it was 52 KiB for each."""
+    store.add_many(f"some words before {n}" for n in range(1000))
+    connection = store.connections.get()
+    connection.execute("PRAGMA wal_autocheckpoint = 0"), connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    for number in range(200):
+        store.add(f"Turn {number}: we talked about rain and {number}", {"session": number // 20, "speaker": "Ada"})
+    size = store.path.with_name("memories.db-wal").stat().st_size
+    assert 200 < size / 200 < 26 << 10, size / 200
+
+
+def test_many_rows_are_written_to_the_index_together(store: MemoryStore) -> None:
+    """Three rows for each: the memory, its sizes in the index, the number last given. With a statement for each, parts of the index made it nine."""
+    store.add_many([])
+    connection = store.connections.get()
+    before = connection.total_changes
+    ids = store.add_many(f"row {number}" for number in range(1001))
+    assert connection.total_changes - before < 3.2 * 1001
+    assert [memory.id for memory in store.list()] == ids and len(set(ids)) == 1001
+    assert len({memory.timestamp for memory in store.list()}) == 1
+    assert len(matching(store, "row")) == 1001 and store.integrity_check() == []
+    version = store.version()
+    with pytest.raises(ValueError, match="taken"):
+        store.add_many([*({"text": "x", "id": f"n{number}"} for number in range(800)), {"text": "x", "id": ids[0]}])
+    assert store.version() == version and store.count() == 1001 and store.integrity_check() == []
 
 
 # What it holds

@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['MARKS', 'OURS', 'Summary', 'merged_metadata', 'Journal']
 
-# %% ../../nbs/memory/journal.ipynb #70a44e48
+# %% ../../nbs/memory/journal.ipynb #73b06818
 import json
 import sqlite3
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from .connections import execute_rows
 from .planning import ConsolidationConfig, Plan
 from .store import Memory, MemoryStore
 from .transfer import INSERT, checked_metadata, checked_timestamp
@@ -59,7 +60,7 @@ def _size(connection: sqlite3.Connection, namespace: str) -> tuple[int, int]:
 def _version(connection: sqlite3.Connection) -> int:
     return connection.execute("SELECT seq FROM sqlite_sequence WHERE name = 'versions'").fetchone()[0]
 
-# %% ../../nbs/memory/journal.ipynb #ad707752
+# %% ../../nbs/memory/journal.ipynb #e13d8086
 class Journal:
     "The consolidations of a store's namespace."
 
@@ -98,7 +99,8 @@ class Journal:
             droppable = [place for place in plan.weakest if free[place] and place not in replaced]
             dropped = droppable[: max(0, excess)]
             left = gone | replaced | set(dropped)
-            connection.executemany("DELETE FROM memories WHERE number = ?", [(memories[place].number,) for place in sorted(left)])
+            numbers = [(memories[place].number,) for place in sorted(left)]
+            execute_rows(connection, "DELETE FROM memories WHERE number IN (VALUES (?))", numbers)
             flagged = [flag for flag in plan.flagged if free[flag[0]] and free[flag[1]] and not left & {flag[0], flag[1]}]
             self._mark(memories, [place for place, is_free in enumerate(free) if is_free and place not in left], merges, flagged, config)
             uses = self._add_uses(connection, memories, {kept: others for kept, others in merges.items() if kept not in left})
@@ -146,7 +148,8 @@ class Journal:
         words = self.store.words
         rows = [(checked_metadata(about), words(one.text, about) if words else None, one.number) for one, about in changes]
         with self.store.connections.using() as connection:
-            connection.executemany("UPDATE memories SET metadata = ?, words = ? WHERE number = ?", rows)
+            change = "UPDATE memories SET metadata = new.metadata, words = new.words FROM new WHERE memories.number = new.number"
+            execute_rows(connection, f"WITH new (metadata, words, number) AS (VALUES (?, ?, ?)) {change}", rows)
 
     @staticmethod
     def _add_uses(connection: sqlite3.Connection, memories: Sequence[Memory], merges: dict[int, list[int]]) -> dict[str, int]:
@@ -232,7 +235,7 @@ class Journal:
                         values = (grown[key], used + grown[key], used_at, now.number)
                         connection.execute(f"UPDATE memories SET {change} WHERE number = ?", values)
             self._write(unmarked)
-            connection.executemany(INSERT.replace("(id", "(number, id").replace("(?", "(?, ?"), back)
+            execute_rows(connection, INSERT.replace("(id", "(number, id").replace("(?", "(?, ?"), back)
             restored = "INSERT INTO versions (namespace, id, number, action, at) VALUES (?, ?, ?, 'restore', ?)"
             connection.executemany(restored, [(name, row[1], row[0], checked_timestamp(None)) for row in back])
             out["restored"], out["unmarked"] = len(back), len(unmarked)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['COLUMNS', 'Memories', 'Item', 'ITEM', 'Memory', 'new_id', 'shingles', 'MemoryStore']
 
-# %% ../../nbs/memory/store.ipynb #c404a17b
+# %% ../../nbs/memory/store.ipynb #e2826a18
 import copy
 import json
 import os
@@ -19,7 +19,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from .connections import Connections
+from .connections import Connections, execute_rows
 from .filters import compile_where
 from .schema import MIGRATIONS
 from ai_sleep_constructs.memory.transfer import (
@@ -75,7 +75,7 @@ def shingles(text: str) -> set[str]:
     words = _WORD.findall(text.casefold())
     return {*words, *map(" ".join, pairwise(words))} or {text.strip()}
 
-# %% ../../nbs/memory/store.ipynb #26910808
+# %% ../../nbs/memory/store.ipynb #ac673d27
 class MemoryStore:
     """
     Memories in a SQLite file that threads and processes may share.
@@ -123,7 +123,7 @@ class MemoryStore:
 
     # Adding
 
-    def _row(self, text: Any, metadata: Any, id: Any, timestamp: Any, where: str = "") -> tuple[Any, ...]:
+    def _row(self, text: Any, metadata: Any, id: Any, timestamp: Any, now: str, where: str = "") -> tuple[Any, ...]:
         if id is None:
             id = new_id()
         elif not isinstance(id, str):
@@ -131,7 +131,8 @@ class MemoryStore:
         elif not id:
             raise ValueError(f"{where}id: '' has nothing in it")
         encoded = checked_metadata(metadata, f"{where}metadata")
-        text, timestamp = checked_text(text, f"{where}text"), checked_timestamp(timestamp, f"{where}timestamp")
+        text = checked_text(text, f"{where}text")
+        timestamp = now if timestamp is None else checked_timestamp(timestamp, f"{where}timestamp")
         words = self.words(text, None if encoded is None else json.loads(encoded)) if self.words else None
         return (id, self.namespace, text, encoded, timestamp, words, 0, None)
 
@@ -146,7 +147,7 @@ class MemoryStore:
     ) -> str:
         """Keep a text; its id."""
         store = self if namespace is None else self.within(namespace)
-        row = store._row(text, metadata, id, timestamp)
+        row = store._row(text, metadata, id, timestamp, checked_timestamp(None))
         try:
             with self.connections.using() as connection:
                 connection.execute(INSERT, row)
@@ -156,28 +157,28 @@ class MemoryStore:
 
     def add_many(self, items: Iterable[Item]) -> list[str]:
         """
-        Keep many memories, all of them or none; their ids in the same order.
+        Keep many memories, all of them or none; their ids in the same order. Those without a timestamp get the same one, now.
 
         An item is a text, a pair of text and metadata, or a dictionary with `text` and any of `metadata`, `id`, `timestamp`.
         """
         if isinstance(items, str | Mapping) or not isinstance(items, Iterable):
             raise TypeError(f"items: {items!r:.100} is not a list of texts, pairs or dictionaries")
-        rows = []
+        rows, now = [], checked_timestamp(None)
         for place, item in enumerate(items):
             where = f"items[{place}]: "
             if isinstance(item, Mapping):
                 if unknown := item.keys() - set(ITEM):
                     raise ValueError(f"{where}unknown keys {sorted(map(str, unknown))}; known are {', '.join(ITEM)}")
-                rows.append(self._row(item.get("text"), item.get("metadata"), item.get("id"), item.get("timestamp"), where))
+                rows.append(self._row(item.get("text"), item.get("metadata"), item.get("id"), item.get("timestamp"), now, where))
             elif isinstance(item, tuple):
                 if len(item) != 2:
                     raise ValueError(f"{where}a tuple of {len(item)} is not a pair of text and metadata")
-                rows.append(self._row(item[0], item[1], None, None, where))
+                rows.append(self._row(item[0], item[1], None, None, now, where))
             else:
-                rows.append(self._row(item, None, None, None, where))
+                rows.append(self._row(item, None, None, None, now, where))
         try:
             with self.transaction() as connection:
-                connection.executemany(INSERT, rows)
+                execute_rows(connection, INSERT, rows)
         except sqlite3.IntegrityError as error:
             raise ValueError(f"items: an id of them is taken in the namespace {self.namespace!r}, or given twice") from error
         return [row[0] for row in rows]
