@@ -636,6 +636,7 @@ def test_deep_nesting_ends() -> None:
     ("# ----\n# About f.\n# ----\ndef f(): pass\n", "About f."),
     ("def f():  # beside\n    'Inside.'\n", "Inside."),
     ("def f():\n    # first\n    return 'no'\n", ""),
+    ("def f():\n    f'''No {1}.'''\n", ""),
     ('class A:\n    def f():\n        """One.\n\n          indented\n        """\n', "One.\n\n  indented"),
 ])
 def test_documentation_of_python(source: str, docstring: str) -> None:
@@ -670,6 +671,20 @@ def test_same_name_twice_in_a_file_is_two_entities_with_one_id() -> None:
 ])
 def test_imports(language: str, text: str, expected: list[tuple[str, str, str]]) -> None:
     assert imports_of(text, language) == [Import(*found) for found in expected]
+
+
+def test_imports_come_in_the_order_of_the_file() -> None:
+    names = [f"m{number}" for number in range(500)]
+    source = "".join(f"import {name}\n" for name in names)
+    assert [found.name for found in extract(source.encode(), "python").imports] == names
+
+
+def test_what_is_found_cannot_be_changed() -> None:
+    parsed = extract(b"def f(): g()\n", "python", "a.py")
+    for found, name in ((parsed.entities[0], "name"), (parsed.calls[0], "name"), (parsed, "path")):
+        with pytest.raises(AttributeError):
+            setattr(found, name, "other")
+    assert repr(parsed.calls[0]) == "Call(caller=0, name='g')" and len({*parsed.entities, *extract(b"def f(): g()\n", "python", "a.py").entities}) == 1
 
 
 def test_language_of_a_file() -> None:

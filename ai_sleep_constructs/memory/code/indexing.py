@@ -57,21 +57,21 @@ def code_metadata(
         "modified": datetime.fromtimestamp(modified, UTC).isoformat(),
     }
 
-# %% ../../../nbs/memory/code/indexing.ipynb #351cba0c
+# %% ../../../nbs/memory/code/indexing.ipynb #9120c0a6
 _TABLE = """CREATE TABLE IF NOT EXISTS code_files (
     namespace TEXT NOT NULL, file TEXT NOT NULL, path TEXT NOT NULL, digest TEXT NOT NULL, parsed TEXT NOT NULL, PRIMARY KEY (namespace, file)
 ) WITHOUT ROWID"""
 
 
 def _outline(parsed: Parsed) -> str:
-    entities = [[getattr(one, name) for name in Entity.__slots__ if name not in ("body", "docstring", "language", "path")] for one in parsed.entities]
+    entities = [[getattr(one, name) for name in Entity._fields if name not in ("body", "docstring", "language", "path")] for one in parsed.entities]
     imports = [[getattr(one, name) for name in Import.__slots__] for one in parsed.imports]
     return json.dumps([parsed.language, entities, imports, [[call.caller, call.name] for call in parsed.calls]], ensure_ascii=False)
 
 
 def _parsed(path: str, outline: str) -> Parsed:
     language, entities, imports, calls = json.loads(outline)
-    names = [name for name in Entity.__slots__ if name not in ("body", "docstring", "language", "path")]
+    names = [name for name in Entity._fields if name not in ("body", "docstring", "language", "path")]
     made = (Entity(**dict(zip(names, one, strict=True)), body="", docstring="", language=language, path=path) for one in entities)
     read = (Import(*one) for one in imports)
     return Parsed(path, language, tuple(made), tuple(read), tuple(Call(*call) for call in calls), ())
@@ -219,7 +219,7 @@ class CodeIndex:
 
 
 def _moved(parsed: Parsed, path: str) -> Parsed:
-    return replace(parsed, path=path, entities=tuple(replace(one, path=path) for one in parsed.entities))
+    return replace(parsed, path=path, entities=tuple(one._replace(path=path) for one in parsed.entities))
 
 
 class Watcher:

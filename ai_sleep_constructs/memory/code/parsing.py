@@ -5,23 +5,22 @@
 # %% auto #0
 __all__ = ['Entity', 'Call', 'Parsed', 'extract']
 
-# %% ../../../nbs/memory/code/parsing.ipynb #a7d64d56
+# %% ../../../nbs/memory/code/parsing.ipynb #ff533b0e
 import re
 from bisect import bisect_right
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import TYPE_CHECKING
+from functools import cache, lru_cache
+from typing import TYPE_CHECKING, NamedTuple
 
 from .imports import Import, imports_of
 from .languages import grammar, language as language_named
 
 if TYPE_CHECKING:
-    from tree_sitter import Node
+    from tree_sitter import Node, Query
 
-# %% ../../../nbs/memory/code/parsing.ipynb #ce76f883
-@dataclass(frozen=True, slots=True)
-class Entity:
+# %% ../../../nbs/memory/code/parsing.ipynb #f598c4f1
+class Entity(NamedTuple):
     """A named piece of code: a function, a method or a type, with the text that it has in its file."""
 
     name: str
@@ -44,8 +43,7 @@ class Entity:
         return f"{self.path}::{self.qualified_name}"
 
 
-@dataclass(frozen=True, slots=True)
-class Call:
+class Call(NamedTuple):
     """A call in the text, once per caller and name."""
 
     caller: int  # index of the innermost entity around it; -1 at the top of the file
@@ -107,7 +105,7 @@ def _name(node: "Node", text: Callable[["Node"], str]) -> str:
             return ("operator" if field == "operator" else "") + _plain(text(named))
     return "default" if node.type in ("function_expression", "arrow_function", "class") else ""
 
-# %% ../../../nbs/memory/code/parsing.ipynb #61da6997
+# %% ../../../nbs/memory/code/parsing.ipynb #c19c46a4
 def _body(node: "Node") -> "Node | None":
     """The part of a definition that is not its signature."""
     body = node.child_by_field_name("body")
@@ -119,6 +117,8 @@ def _body(node: "Node") -> "Node | None":
 
 
 def _python_docstring(body: "Node | None", source: bytes) -> str:
+    if body is None or source[body.start_byte : body.start_byte + 1] not in b"\"'rRuUbB":
+        return ""
     statement = _first(body)
     inner = _first(statement) if statement is not None and statement.type == "expression_statement" else None
     if inner is None or inner.type != "string":
@@ -169,7 +169,7 @@ class _Before:
             edge, index = first, index - 1
         return begins, "\n".join(reversed(lines))
 
-# %% ../../../nbs/memory/code/parsing.ipynb #80b96323
+# %% ../../../nbs/memory/code/parsing.ipynb #5775c264
 _ENTITIES = ("function", "method", "class", "interface", "struct", "enum")
 _RANKS = {"package": 0, "outer": 1, "decorated": 2, "type": 3, "scope": 3, **dict.fromkeys(_ENTITIES, 4)}
 _TYPES = frozenset({"class", "interface", "struct", "enum", "type"})
@@ -179,8 +179,11 @@ _TAIL = re.compile(rb"[\s;\w*,]*")
 def _signature(source: bytes, start: int, node: "Node", body: "Node | None", language: str, name: str) -> str:
     """What comes before the body, on one line; a comment between the two is left out where the language has no braces."""
     if language in ("python", "ruby"):
-        fields = ("return_type", "parameters", "superclasses", "superclass", "type_parameters", "name")
-        last = next((found for field in fields if (found := node.child_by_field_name(field)) is not None), node)
+        last = node
+        for field in ("return_type", "parameters", "superclasses", "superclass", "type_parameters", "name"):
+            if (found := node.child_by_field_name(field)) is not None:
+                last = found
+                break
         written = source[start : last.end_byte]
     elif body is not None:
         written = source[start : body.start_byte]
@@ -199,7 +202,7 @@ def _sweep(source: bytes, found: "dict[str, list[Node]]", language: str, path: s
     before = _Before(source, found.get("comment", []), found.get("attribute", []))
     entities: list[Entity] = []
     package, last = "", (-1, -1)
-    around: list[tuple[int, int, str]] = []  # outer nodes since the last definition: start, end, kind
+    around: list[tuple[int, int, str, Node]] = []  # outer nodes since the last definition: start, end, kind
     stack: list[tuple[int, str, bool, bool]] = []  # end, qualified name, whether an entity, whether a type
     for start, negative, _, kind, node in spans:
         end = -negative
@@ -208,7 +211,7 @@ def _sweep(source: bytes, found: "dict[str, list[Node]]", language: str, path: s
             package, stack = _plain(clause[1]) if clause else "", []
             continue
         if kind in ("outer", "decorated"):
-            around.append((start, end, kind))
+            around.append((start, end, kind, node))
             continue
         wrapped = around and [outer for outer in around
                               if outer[0] <= start and end <= outer[1] and _TAIL.fullmatch(source, end, outer[1])]
@@ -229,25 +232,24 @@ def _sweep(source: bytes, found: "dict[str, list[Node]]", language: str, path: s
             parent = qualified.rpartition(".")[0]
         if kind == "function" and (in_type or (parent and "." in name)):
             kind = "method"
-        begin, head = start, start
+        begin, head, outermost = start, start, node
         if wrapped:
-            begin, end = wrapped[0][0], wrapped[0][1]
+            begin, end, _, outermost = wrapped[0]
             head = next((outer[0] for outer in wrapped if outer[2] == "outer"), start)
         body = _body(node)
         docstring = _python_docstring(body, source) if language == "python" else ""
         if not docstring and before.ends:
             begin, comment = before(begin)
             docstring = _uncommented(comment, language) if comment else ""
-        cut = source[begin:end]
         row = node.start_point.row + 1 - (source.count(b"\n", begin, start) if begin < start else 0)
         last_part = name[name.rindex("operator"):] if "operator" in name else name.rpartition(".")[2]
         entities.append(Entity(
-            last_part, qualified, kind, language, path, row, row + cut.count(b"\n"), begin, end,
-            _signature(source, head, node, body, language, last_part), docstring, cut.decode("utf-8", "replace"), parent))
+            last_part, qualified, kind, language, path, row, outermost.end_point.row + 1, begin, end,
+            _signature(source, head, node, body, language, last_part), docstring, source[begin:end].decode("utf-8", "replace"), parent))
         stack.append((end, qualified, True, kind in _TYPES))
     return entities
 
-# %% ../../../nbs/memory/code/parsing.ipynb #d8ad1fe1
+# %% ../../../nbs/memory/code/parsing.ipynb #6adbe92e
 _PATH = re.compile(r"[^\W\d]\w*(?:\.\w+)*")
 
 
@@ -270,23 +272,33 @@ def _calls(source: bytes, found: "dict[str, list[Node]]", entities: list[Entity]
             places.append((node.start_byte, last.start_byte))
     places.sort()
     starts = [entity.start_byte for entity in entities] + [len(source) + 1]
-    ends = [entity.end_byte for entity in entities]
+    ends = [entity.end_byte for entity in entities] + [len(source) + 1]
     written: list[dict[bytes, None]] = [{} for _ in starts]  # of each entity; the last is the file's own
-    inside, following = [-1], 0
+    inside, following, until = [-1], 0, 0
+    texts = written[-1]
     for start, end in places:
-        while starts[following] <= start:
-            inside.append(following)
-            following += 1
-        while len(inside) > 1 and ends[inside[-1]] <= start:
-            inside.pop()
-        written[inside[-1]][source[start:end]] = None
-    calls = []
-    for caller, texts in enumerate(written):
-        names = dict.fromkeys(map(_callee, texts))
-        calls += [Call(caller if caller < len(entities) else -1, name) for name in names if name]
+        if start >= until:  # an entity has begun or ended
+            while starts[following] <= start:
+                inside.append(following)
+                following += 1
+            while ends[inside[-1]] <= start:
+                inside.pop()
+            texts, until = written[inside[-1]], min(starts[following], ends[inside[-1]])
+        texts[source[start:end]] = None
+    calls: list[Call] = []
+    for caller, texts in zip([*range(len(entities)), -1], written, strict=True):
+        calls += [Call(caller, name) for name in dict.fromkeys(map(_callee, texts)) if name]
     return tuple(calls)
 
-# %% ../../../nbs/memory/code/parsing.ipynb #47c32f31
+# %% ../../../nbs/memory/code/parsing.ipynb #f12e675e
+@cache
+def _faults(language: str) -> "Query":
+    """Finds where the grammar could not follow. Compiling it takes 1 to 20 ms, so it is done once, when a broken file comes."""
+    import tree_sitter
+
+    return tree_sitter.Query(grammar(language)[0], "[(ERROR) (MISSING)] @error")
+
+
 def extract(
     source: bytes,  # UTF-8; what is not is read as U+FFFD
     language: str,  # a name that `languages.language` knows
@@ -307,10 +319,10 @@ def extract(
     root = tree_sitter.Parser(loaded).parse(source).root_node
     found = tree_sitter.QueryCursor(query).captures(root)
     entities = _sweep(source, found, language, path)
-    imports = [name for node in found.get("import", ())
+    imports = [name for node in sorted(found.get("import", ()), key=lambda node: node.start_byte)
                for name in imports_of(source[node.start_byte : node.end_byte].decode("utf-8", "replace"), language)]
     errors: tuple[int, ...] = ()
     if root.has_error:
-        faults = tree_sitter.QueryCursor(tree_sitter.Query(loaded, "[(ERROR) (MISSING)] @error")).captures(root)
+        faults = tree_sitter.QueryCursor(_faults(language)).captures(root)
         errors = tuple(sorted({node.start_point.row + 1 for node in faults.get("error", ())}))
     return Parsed(path, language, tuple(entities), tuple(dict.fromkeys(imports)), _calls(source, found, entities), errors)
