@@ -233,6 +233,47 @@ def test_vectors_that_do_not_fit_are_refused(store: MemoryStore) -> None:
         VectorIndex(store, Short(64, "short"), background=False).make()
 
 
+class Reading(Bags):
+    """What it was given to read, in the order of asking."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.read: list[str] = []
+
+    def encode(self, texts: list[str]) -> np.ndarray:
+        self.read += texts
+        return super().encode(texts)
+
+
+def test_vectors_read_who_speaks_and_the_turn_before(store: MemoryStore) -> None:
+    turns = [("one", "a", "Ada"), ("apart", "b", "Eve"), ("two", "a", "Grace"), ("three", "a", None), ("long " * 100, "b", None), ("four", "b", None), ("none", None, None)]
+    ids = store.add_many([(text, {"session": session, "speaker": speaker}) for text, session, speaker in turns])
+    index, alone = VectorIndex(store, embedder := Reading(), background=False), VectorIndex(store, other := Reading(), background=False, context=False)
+    assert index.make() == alone.make() == 7
+    first = ["Ada: one", "Eve: apart", "Grace: two\none", "three\ntwo", "long " * 100 + "\napart", "four\n" + "long " * 60, "none"]
+    assert [text.strip() for text in embedder.read] == [text.strip() for text in first]
+    assert other.read == ["Ada: one", "Eve: apart", "Grace: two", "three", "long " * 100, "four", "none"]
+    before = dict(index.search("grace", 9))
+
+    def again(change) -> list[str]:
+        change()
+        embedder.read.clear(), other.read.clear()
+        count, more = index.make(), alone.make()
+        assert len(embedder.read) == count and len(other.read) == more
+        return [text.strip()[:14] for text in embedder.read]
+
+    assert again(lambda: store.update(ids[2], text="deux")) == ["Grace: deux\non", "three\ndeux"] and other.read == ["Grace: deux"]
+    assert again(lambda: store.delete(ids[0])) == ["Grace: deux"] and other.read == []
+    assert again(lambda: store.update(ids[2], metadata={"session": "b", "speaker": "Grace"})) == ["Grace: deux\nap", "three", "long long long"]
+    assert again(lambda: store.update(ids[6], metadata={"topic": "x"})) == []
+    assert again(lambda: store.update(ids[2], metadata={"session": "b", "speaker": "Hopper"})) == ["Hopper: deux\na", "long long long"]
+    assert index.pending() == alone.pending() == 0 and len(dict(index.search("x", 9))) == 6 and before[3] > 0.5
+    store.update(ids[2], text="grace deux")
+    index.make()
+    fresh = {number: cosine for number, cosine in VectorIndex(store, Bags(), background=False).search("grace", 9)}
+    assert dict(index.search("grace", 9)) == pytest.approx(fresh)
+
+
 def test_search_agrees_with_all_cosines(store: MemoryStore) -> None:
     words = ["red", "car", "blue", "house", "tree", "moth", "relay", "boat"]
     store.add_many([" ".join(words[(n * k) % 8] for k in range(1, 5)) for n in range(1, 200)])

@@ -275,6 +275,10 @@ def test_with_vectors_what_is_worded_otherwise_is_merged_too():
             system.add_memories(texts)
             assert embedder is None or system.candidates.vectors.wait()
             assert system.sleep_sync()["merged"] == merged and len(system) == 4 - merged
+    with quiet(embedder=Meaning()) as system:  # vectors that have read the turn before as well do not say that two turns mean the same
+        system.add_memories([(text, {"session": "s"}) for text in ["How are you?", *texts[:2]]])
+        assert system.candidates.vectors.wait() and set(system.candidates.vectors.alone()) == {1}
+        assert system.sleep_sync()["merged"] == 0
 
 
 def test_arguments_that_cannot_be_used_are_refused():

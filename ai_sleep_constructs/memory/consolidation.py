@@ -19,7 +19,7 @@ from .planning import ConsolidationConfig, Plan, Planner
 from .store import Memory, MemoryStore
 from .summaries import clusters, written
 
-# %% ../../nbs/memory/consolidation.ipynb #c63de599
+# %% ../../nbs/memory/consolidation.ipynb #fee4e9dd
 class Consolidation:
     "Sleep for a memory system."
 
@@ -69,16 +69,8 @@ class Consolidation:
         return memories, since, planner, planner.plan(most), most
 
     def _vectors(self) -> dict[int, np.ndarray]:
-        "The vectors that there are, by the numbers of memories."
-        index = self.candidates.vectors
-        if index is None:
-            return {}
-        select = """SELECT v.number, v.vector FROM vectors AS v JOIN embedders AS e USING (embedder) JOIN memories AS m ON m.number = v.number
-            WHERE e.name = ? AND m.namespace = ?"""
-        rows = self.store.connections.rows(select, (index.embedder.name, self.store.namespace))
-        matrix = np.frombuffer(b"".join(row[1] for row in rows), "<f2").astype(np.float32).reshape(len(rows), -1)
-        matrix /= np.maximum(np.linalg.norm(matrix, axis=1, keepdims=True), 1e-12)
-        return dict(zip((row[0] for row in rows), matrix, strict=True))
+        "The vectors that say what a memory means without the turn before it, by the numbers of memories."
+        return {} if self.candidates.vectors is None else self.candidates.vectors.alone()
 
     def consolidate(self, budget: int) -> dict[str, Any]:
         "As `sleep_sync`, without the `ids` in the report: `consolidations` has them."

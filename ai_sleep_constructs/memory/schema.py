@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['TABLES', 'INDEX', 'NEW', 'OLD', 'INTO', 'OUT_OF', 'KEEP', 'DROP', 'CHANGED', 'TRIGGERS', 'OTHER_WORDS', 'SECOND',
-           'MIGRATIONS']
+           'CONTEXT', 'THIRD', 'MIGRATIONS']
 
-# %% ../../nbs/memory/schema.ipynb #2db3aaf9
+# %% ../../nbs/memory/schema.ipynb #92b95aa8
 TABLES = (
     """CREATE TABLE memories (
         number INTEGER PRIMARY KEY AUTOINCREMENT,
@@ -82,4 +82,16 @@ SECOND = (
         BEGIN {OUT_OF}; {INTO}; END""",
     "INSERT INTO memories_text (memories_text, rank) VALUES ('pgsz', 1000)",
 )
-MIGRATIONS = ((*TABLES, *INDEX, *TRIGGERS), SECOND)
+CONTEXT = " in context"  # at the end of the name of an embedder that read the turn before as well
+_NEXT = "(SELECT min(number) FROM memories WHERE namespace = {0}.namespace AND session = {0}.session AND number > {0}.number)"
+_IN_CONTEXT = f"embedder IN (SELECT embedder FROM embedders WHERE name LIKE '%{CONTEXT}')"
+THIRD = (
+    "DROP TRIGGER memories_deleted",
+    "DROP TRIGGER memories_other_text",
+    f"""CREATE TRIGGER memories_deleted AFTER DELETE ON memories BEGIN {OUT_OF}; {KEEP.format(action='delete')}; {DROP};
+        DELETE FROM vectors WHERE number = {_NEXT.format('old')} AND {_IN_CONTEXT}; END""",
+    f"""CREATE TRIGGER memories_other_meaning AFTER UPDATE OF text, metadata ON memories
+        WHEN old.text IS NOT new.text OR old.speaker IS NOT new.speaker OR old.session IS NOT new.session BEGIN {DROP};
+        DELETE FROM vectors WHERE number IN ({_NEXT.format('old')}, {_NEXT.format('new')}) AND {_IN_CONTEXT}; END""",
+)
+MIGRATIONS = ((*TABLES, *INDEX, *TRIGGERS), SECOND, THIRD)
