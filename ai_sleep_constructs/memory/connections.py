@@ -23,9 +23,9 @@ from typing import Any
 
 from ..reference.files import replacing
 
-# %% ../../nbs/memory/connections.ipynb #5f99f7cb
+# %% ../../nbs/memory/connections.ipynb #95783b69
 DURABILITY = {"normal": "NORMAL", "full": "FULL"}
-SETTINGS = ("cache_size = -16384", "wal_autocheckpoint = 4000", f"journal_size_limit = {64 << 20}")
+SETTINGS = ("cache_size = -16384", "wal_autocheckpoint = 8000", f"journal_size_limit = {64 << 20}")
 _VALUES = re.compile(r"VALUES (\([?, ]+\))")
 
 
