@@ -270,7 +270,7 @@ def test_vectors_read_who_speaks_and_the_turn_before(store: MemoryStore) -> None
     assert index.pending() == alone.pending() == 0 and len(dict(index.search("x", 9))) == 6 and before[3] > 0.5
     store.update(ids[2], text="grace deux")
     index.make()
-    fresh = {number: cosine for number, cosine in VectorIndex(store, Bags(), background=False).search("grace", 9)}
+    fresh = dict(VectorIndex(store, Bags(), background=False).search("grace", 9))
     assert dict(index.search("grace", 9)) == pytest.approx(fresh)
 
 
