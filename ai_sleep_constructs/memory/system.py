@@ -66,7 +66,7 @@ class RetrievalConfig:
 class NearDuplicateWarning(UserWarning):
     "A memory was added that says almost the same as one that is there."
 
-# %% ../../nbs/memory/system.ipynb #e5efde7a
+# %% ../../nbs/memory/system.ipynb #1761d8d9
 class MemorySystem(Consolidation):
     """
     Texts that are remembered, and retrieved by how much they help.
@@ -268,11 +268,11 @@ class MemorySystem(Consolidation):
         return await self._ranked(memories, scores, [{} for _ in memories], by_number if explain else None)
 
     @staticmethod
-    def _item(memory: Memory, found: Candidate | None, text: str | None = None) -> ScoredItem:
-        "What a scorer is given: the memory without what sleep wrote on it, and what the search measured; with another text, this alone."
-        about = {name: value for name, value in (memory.metadata or {}).items() if name not in OURS} if text is None else None
+    def _item(memory: Memory, found: Candidate | None) -> ScoredItem:
+        "What a scorer is given: the memory without what sleep wrote on it, and what the search measured."
+        about = {name: value for name, value in (memory.metadata or {}).items() if name not in OURS}
         share, cosine = (None, None) if found is None else (found.share, found.embedding)
-        return ScoredItem(memory.id, memory.text if text is None else text, about or None, share, cosine)
+        return ScoredItem(memory.id, memory.text, about or None, share, cosine)
 
     async def _ranked(
         self, memories: Sequence[Memory], scores: Sequence[Score], boosts: Sequence[Mapping[str, float]], explained: Mapping[int, Candidate | None] | None

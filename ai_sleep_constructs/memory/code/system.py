@@ -53,7 +53,7 @@ class CodeRetrievalConfig(RetrievalConfig):
             if field.name.endswith("_amount") and getattr(self, field.name) > 1:
                 raise ValueError(f"{field.name}: expected a number from 0 to 1, not {getattr(self, field.name)!r}")
 
-# %% ../../../nbs/memory/code/system.ipynb #d0ce1cae
+# %% ../../../nbs/memory/code/system.ipynb #e249737a
 class CodeMemorySystem(MemorySystem):
     """
     A repository's functions, methods and types as memories, with documentation and debugging sessions beside them.
@@ -240,12 +240,12 @@ class CodeMemorySystem(MemorySystem):
 
     def _shown(self, memory: Memory, found: Candidate | None, hashes: bool) -> Item:
         "What a scorer is given: for a model the code and where it stands; for others its words as well."
-        about = memory.metadata or {}
+        about, item = memory.metadata or {}, self._item(memory, found)
         if not isinstance(self.scorer, LLMJudge):
-            return self._item(memory, found, f"{memory.text}\n{code_words(memory.text, about)}")
+            return dataclasses.replace(item, text=f"{memory.text}\n{code_words(memory.text, about)}", metadata=None)
         if "entity" not in about:
-            return self._item(memory, found)
-        return Item(memory.id, memory.text, {"file_hash": about["file_hash"][:16]} if hashes else None)
+            return item
+        return dataclasses.replace(item, metadata={"file_hash": about["file_hash"][:16]} if hashes else None)
 
     def _boosts(self, about: CodeContext, memories: Sequence[Memory], scores: Sequence[Score], framed: set[int]) -> list[dict[str, float]]:
         config = self.config
