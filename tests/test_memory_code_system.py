@@ -385,6 +385,14 @@ def test_what_was_changed_lately_gains_and_scores_end_at_one(repository):
         assert names(system.retrieve_relevant_memories_sync("x y z")) == ["login"]
 
 
+def test_boosts_that_reach_one_leave_the_order_of_the_scores(repository):
+    model = answering(lambda text: 10 if "renew" in text and "class" not in text else 9)
+    with CodeMemorySystem(model, ":memory:", embedder=None, max_memories=3, recency_boost_amount=1.0, enable_dependency_boost=False) as system:
+        system.index_repository(repository, progress=False)
+        found = system.retrieve_relevant_memories_sync("what?")
+        assert [one.relevance_score for one in found] == [1.0] * 3 and found[0].metadata["name"] == "renew"
+
+
 def test_what_one_is_working_on_gains(repository):
     with system_of(answering(lambda text: 6), relevance_threshold=0.0, enable_dependency_boost=False) as system:
         index(system, repository, ["tests/*", "*/tests/*"])

@@ -66,7 +66,7 @@ class RetrievalConfig:
 class NearDuplicateWarning(UserWarning):
     "A memory was added that says almost the same as one that is there."
 
-# %% ../../nbs/memory/system.ipynb #1761d8d9
+# %% ../../nbs/memory/system.ipynb #4926a769
 class MemorySystem(Consolidation):
     """
     Texts that are remembered, and retrieved by how much they help.
@@ -280,7 +280,7 @@ class MemorySystem(Consolidation):
         "Those at the threshold or above with their boosts, best first, and counted as used; with what candidates they were, each is explained."
         out = []
         for memory, score, boost in zip(memories, scores, boosts, strict=True):
-            total = min(1.0, score.value + sum(boost.values()))
+            total = score.value + sum(boost.values())  # may be above 1, where it still orders
             if total < self.config.relevance_threshold:
                 continue
             why = "".join(f"; {name} +{amount:.2f}" for name, amount in boost.items())
@@ -290,11 +290,11 @@ class MemorySystem(Consolidation):
                 parts = {"lexical": candidate.lexical, "candidate": candidate.score, score.source: score.value, **score.parts, **boost}
                 if candidate.embedding is not None:
                     parts["embedding"] = candidate.embedding
-            out.append((ScoredMemory.of(memory, total, score.reasoning + why, score.source, parts), memory.number))
-        out.sort(key=lambda pair: -pair[0].relevance_score)
+            out.append((total, ScoredMemory.of(memory, min(1.0, total), score.reasoning + why, score.source, parts), memory.number))
+        out.sort(key=lambda row: -row[0])
         chosen = out[: self.config.max_memories]
-        await asyncio.to_thread(self.store.touch, [number for _, number in chosen])
-        return Relevant(one for one, _ in chosen)
+        await asyncio.to_thread(self.store.touch, [number for _, _, number in chosen])
+        return Relevant(one for _, one, _ in chosen)
 
     async def _scored(self, query: str, memories: Sequence[Scorable], context: str | None = None) -> list[Score]:
         if not memories:
