@@ -304,6 +304,30 @@ def test_the_share_of_the_words_has_a_scale(store: MemoryStore) -> None:
     assert few[301] == pytest.approx(every[301], abs=0.1) and few[301] - few[302] > 0.2
 
 
+def test_words_that_nobody_here_has_do_not_hide_those_that_somebody_has(store: MemoryStore) -> None:
+    fill(store)
+    mine = store.add("the deploy key of the build", {"session": "mine"})
+    number = store.get(mine).number
+    assert [c.number for c in Candidates(store, ranked=20, fill=False).find("unicorn deploy")] == [number]
+    other = store.within("other")
+    other.add_many([f"python deploy {number % 3}" for number in range(60)] + ["python snake"] * 5)
+    for where in (None, {"session": "mine"}):
+        assert [c.number for c in Candidates(store, ranked=20, fill=False).find("snake python deploy", where)] == [number]
+    other.add_many(["the deploy of a unicorn"] * 40)
+    assert [c.number for c in Candidates(store, ranked=20, fill=False).find("unicorn deploy")] == [number]
+
+
+def test_rarity_is_among_the_memories_that_there_are(store: MemoryStore) -> None:
+    fill(store)
+    store.add("a moth on the relay of Harvard today")
+    before = Candidates(store, fill=False).find("moth relay build")[0]
+    for _ in range(20):  # numbers grow, memories do not
+        for id in store.add_many(["soon gone"] * 50):
+            store.delete(id)
+    after = Candidates(store, fill=False).find("moth relay build")[0]
+    assert after.number == before.number and after.share == pytest.approx(before.share) and after.lexical == pytest.approx(before.lexical)
+
+
 def test_common_words_are_left_out_where_they_would_bring_too_many(store: MemoryStore) -> None:
     fill(store)
     store.add_many(["a passed moth", "a moth", "passed over the number"])

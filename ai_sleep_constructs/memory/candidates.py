@@ -44,7 +44,7 @@ def quoted(words: Iterable[str], most: int = 32) -> list[str]:
     kept = sorted((word for word in distinct if _WORD.search(word)), key=lambda word: -len(word))[:most]
     return ['"' + word.replace('"', '""') + '"' for word in kept]
 
-# %% ../../nbs/memory/candidates.ipynb #404efb9a
+# %% ../../nbs/memory/candidates.ipynb #6dde33ef
 Fusion = Literal["zscore", "rrf"]
 
 
@@ -108,9 +108,8 @@ class Candidates:
             raise ValueError(f"limit: {limit!r} is not a positive count")
         scope = compile_where(where)
         pool = max(limit, self.pool)
-        last = self.store.connections.rows("SELECT coalesce(max(number), 0) FROM memories")[0][0]
-        words = self._weighed(quoted(self.tokenize(query)), last)
-        searched = self._searched(words) if last > self.ranked else list(words)
+        words = self._weighed(quoted(self.tokenize(query)))
+        searched = self._searched(words, scope)
         lexical = self._smoothed(self._matching(searched, scope, pool), limit, scope if where else None)
         cosines = self._similar(query, scope if where else None, pool, lexical)
         found = lexical.keys() | cosines.keys()
@@ -146,23 +145,30 @@ class Candidates:
         weighted = f"bm25({', '.join(str(float(weight)) for weight in self.column_weights)})"
         return dict(self._all(sql, scope, pool, first=(" OR ".join(words), weighted, self.store.namespace)))
 
-    def _weighed(self, words: list[str], last: int) -> dict[str, tuple[int, float]]:
-        """In how many memories each word is, and how rare that is; more than `ranked` are estimated by how close the first of them stand."""
+    def _weighed(self, words: list[str]) -> dict[str, tuple[int, float]]:
+        """In how many memories of the file each word is, and how rare that is; more than `ranked` are estimated by how close the first of them stand."""
+        block = self.store.connections.rows("SELECT block FROM memories_text_data WHERE id = 1")  # FTS5's averages begin with the number of rows
+        total = _first_integer(block[0][0]) if block else 0
+        last = self.store.connections.rows("SELECT coalesce(max(number), 0) FROM memories")[0][0]
         sql = "SELECT count(*), max(rowid) FROM (SELECT rowid FROM memories_text WHERE memories_text MATCH ? LIMIT ?)"
         out = {}
         for word in words:
             count, end = self.store.connections.rows(sql, (word, self.ranked + 1))[0]
-            count = count if count <= self.ranked else max(count, round(count * last / end))
-            out[word] = count, max(math.log((max(last - count, 0) + 0.5) / (count + 0.5)), 1e-6)  # as FTS5 weighs it
+            count = count if count <= self.ranked else min(max(count, round(count * last / end)), total)
+            out[word] = count, max(math.log((max(total - count, 0) + 0.5) / (count + 0.5)), 1e-6)  # as FTS5 weighs it
         return out
 
-    def _searched(self, words: Mapping[str, tuple[int, float]]) -> list[str]:
-        """The words that bring at most `ranked` memories together, the rarest first, and the rarest in any case."""
-        found, room = sorted(words, key=lambda word: words[word][0]), self.ranked
-        for place, word in enumerate(found):
-            room -= words[word][0]
-            if room < 0 and place:
-                return found[:place]
+    def _searched(self, words: Mapping[str, tuple[int, float]], scope: tuple[str, list[Any]]) -> list[str]:
+        """Of the words that are in the scope those that bring at most `ranked` memories together, the rarest first, and the rarest in any case."""
+        sql = """SELECT EXISTS (SELECT 1 FROM memories_text AS f WHERE memories_text MATCH ? AND EXISTS
+            (SELECT 1 FROM memories WHERE number = f.rowid AND namespace = ? AND {}))"""
+        found, room = list[str](), self.ranked
+        for word in sorted(words, key=lambda word: words[word][0]):
+            if found and words[word][0] > room:
+                break
+            if words[word][0] and self._all(sql, scope, first=(word, self.store.namespace))[0][0]:
+                found.append(word)
+                room -= words[word][0]
         return found
 
     def _common(self, left: Iterable[str], words: Mapping[str, tuple[int, float]], numbers: list[int]) -> dict[int, float]:
@@ -236,6 +242,16 @@ class Candidates:
         """Stop making vectors, if the index is its own; again is fine. The store stays open."""
         if self._own and self.vectors:
             self.vectors.close()
+
+
+def _first_integer(block: bytes) -> int:
+    """The integer that a block begins with, as SQLite writes it: seven bits a byte, the last byte below 128."""
+    value = 0
+    for byte in block[:8]:
+        value = value << 7 | byte & 127
+        if byte < 128:
+            break
+    return value
 
 
 def _standard(values: np.ndarray) -> np.ndarray:
