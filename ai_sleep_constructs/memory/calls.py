@@ -25,7 +25,7 @@ class JudgeUnavailable(RuntimeError):
 class CallLimitError(RuntimeError):
     "More calls would be needed than `max_calls` allows."
 
-# %% ../../nbs/memory/calls.ipynb #4e88e2b4
+# %% ../../nbs/memory/calls.ipynb #426a8dee
 async def call_once(
     model_fn: ModelFn,  # an async function, or a plain one
     prompt: str,
@@ -34,10 +34,15 @@ async def call_once(
 ) -> str:
     "What `model_fn` answers. TypeError when that is no string; TimeoutError when it takes longer."
     waits = inspect.iscoroutinefunction(model_fn) or inspect.iscoroutinefunction(getattr(model_fn, "__call__", None))  # noqa: B004
-    async with asyncio.timeout(timeout):
-        answer: Any = model_fn(prompt) if waits else await asyncio.to_thread(model_fn, prompt)
-        if inspect.isawaitable(answer):
-            answer = await answer
+    try:
+        async with asyncio.timeout(timeout) as limit:
+            answer: Any = model_fn(prompt) if waits else await asyncio.to_thread(model_fn, prompt)
+            if inspect.isawaitable(answer):
+                answer = await answer
+    except TimeoutError as error:
+        if limit.expired():
+            raise TimeoutError(f"the model function {model_name(model_fn)} gave no answer within timeout={timeout:g} seconds") from error
+        raise
     if not isinstance(answer, str):
         raise TypeError(f"the model function {model_name(model_fn)} returned {type(answer).__name__}; it must return the answer as a string")
     return answer

