@@ -112,11 +112,13 @@ def test_watch_tells_of_source_files_only(tmp_path: Path) -> None:
     assert {path for change in seen for path in change.removed} == {"b.py"}
 
 
-@pytest.mark.parametrize("text, expected", [
-    ("parseHTTPRequest2", ["parse", "http", "request", "2"]), ("snake_case__x", ["snake", "case", "x"]), ("MAX_SIZE", ["max", "size"]),
-    ("sha256sum", ["sha", "256", "sum"]), ("a.b->c()", ["a", "b", "c"]), ("ÄrgerNis", ["ärger", "nis"]), ("日本語", ["日本語"]), ("_", []),
-    ("getURL", ["get", "url"]), ("IOError", ["io", "error"]), ("aB", ["a", "b"]),
+@pytest.mark.parametrize("text, expected, whole", [
+    ("parseHTTPRequest2", ["parse", "http", "request", "2"], ["parsehttprequest2"]), ("snake_case__x", ["snake", "case", "x"], []),
+    ("MAX_SIZE", ["max", "size"], []), ("sha256sum", ["sha", "256", "sum"], ["sha256sum"]), ("a.b->c()", ["a", "b", "c"], []),
+    ("ÄrgerNis", ["ärger", "nis"], ["ärgernis"]), ("日本語", ["日本語"], []), ("_", [], []), ("getURL", ["get", "url"], ["geturl"]),
+    ("IOError", ["io", "error"], ["ioerror"]), ("aB", ["a", "b"], ["ab"]),
 ])
-def test_words(text: str, expected: list[str]) -> None:
+def test_words(text: str, expected: list[str], whole: list[str]) -> None:
     assert words(text) == expected
-    assert words(text, whole=True)[: len(expected)] == expected or len(expected) > 1
+    assert words(text, whole=True) == expected + whole
+    assert words(f"x {text} y", whole=True) == ["x", *expected, *whole, "y"]

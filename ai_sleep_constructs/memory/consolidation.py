@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Consolidation']
 
-# %% ../../nbs/memory/consolidation.ipynb #cff464c6
+# %% ../../nbs/memory/consolidation.ipynb #784499e5
 import asyncio
 import dataclasses
 from typing import Any
@@ -14,12 +14,12 @@ import numpy as np
 
 from .calls import Caller, ModelFn, finished
 from .candidates import Candidates
-from .journal import Journal
+from .journal import Journal, Summary
 from .planning import ConsolidationConfig, Plan, Planner
 from .store import Memory, MemoryStore
 from .summaries import clusters, written
 
-# %% ../../nbs/memory/consolidation.ipynb #fee4e9dd
+# %% ../../nbs/memory/consolidation.ipynb #397312ae
 class Consolidation:
     "Sleep for a memory system."
 
@@ -49,7 +49,7 @@ class Consolidation:
             found = await asyncio.to_thread(clusters, planner, plan.weakest, config.max_calls)  # what is dropped lives on in them
             caller = Caller(self.small_model_fn, attempts=self.config.retry_attempts, delay=self.config.retry_delay)
             summaries = await written(caller, memories, found, config.max_calls, self.config.batch_size)
-        return await asyncio.to_thread(Journal(self.store).apply, memories, since, plan, config, most, summaries)
+        return await asyncio.to_thread(self._applied, memories, since, plan, config, most, summaries)
 
     def sleep_sync(self, budget: int | float | None = None, **changes: Any) -> dict[str, Any]:
         "As `sleep`, waited for here."
@@ -63,10 +63,24 @@ class Consolidation:
             raise ValueError("summarise: needs small_model_fn")
 
     def _planned(self, budget: int | float | None, config: ConsolidationConfig) -> tuple[list[Memory], int, Planner, Plan, int | None]:
-        memories, since = Journal(self.store).read()
+        journal = Journal(self.store)
+        with self.store.connections.reading():
+            (memories, since), awake = journal.read(), self._awake()
+        memories = [memory for memory in memories if memory.number not in awake]
         most = max(1, int(len(memories) * budget)) if isinstance(budget, float) else budget
         planner = Planner(memories, config, self._vectors())
         return memories, since, planner, planner.plan(most), most
+
+    def _applied(
+        self, memories: list[Memory], since: int, plan: Plan, config: ConsolidationConfig, most: int | None, summaries: list[Summary]
+    ) -> dict[str, Any]:
+        journal = Journal(self.store)
+        with self.store.transaction():
+            return journal.apply(memories, since, plan, config, None if most is None else most + len(self._awake()), summaries)
+
+    def _awake(self) -> set[int]:
+        "The numbers of memories that take no part: they are not changed, and the budget is not for them."
+        return set()
 
     def _vectors(self) -> dict[int, np.ndarray]:
         "The vectors that say what a memory means without the turn before it, by the numbers of memories."

@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['TEMPLATE', 'PLACEHOLDERS', 'stack_frames', 'CodeContext', 'approximate_tokens', 'code_for_prompt', 'checked_template']
 
-# %% ../../../nbs/memory/code/context.ipynb #b9436a96
+# %% ../../../nbs/memory/code/context.ipynb #98a8935c
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from string import Formatter
 
+from .indexing import is_code
 from ..results import ScoredMemory
 
 # %% ../../../nbs/memory/code/context.ipynb #d87fcedb
@@ -69,7 +70,7 @@ class CodeContext:
         around = self.around()
         return f"{self.user_query}\n{around}" if around else self.user_query
 
-# %% ../../../nbs/memory/code/context.ipynb #034c9b80
+# %% ../../../nbs/memory/code/context.ipynb #5754a7b6
 def approximate_tokens(
     text: str,
 ) -> int:
@@ -79,7 +80,7 @@ def approximate_tokens(
 
 def _numbered(memory: ScoredMemory, whole: bool) -> str:
     about = memory.metadata or {}
-    if "entity" not in about:
+    if not is_code(about):
         return f"# {about.get('title', 'note')}\n{memory.text}"
     first, lines = about["start_line"], about["body"].split("\n")
     if not whole:
@@ -106,8 +107,8 @@ def code_for_prompt(
     out, left_out = "", []
     for memory in memories:
         about = memory.metadata or {}
-        first, last = (about["start_line"], about["end_line"]) if "entity" in about else (0, -1)
-        file = about.get("file_path") or "notes"
+        first, last = (about["start_line"], about["end_line"]) if is_code(about) else (0, -1)
+        file = str(about.get("file_path") or "notes")
         there = shown.get(file, [])
         if any(part[0] <= first and last <= part[1] for part in there if last >= 0):
             continue  # a method of a class that is shown
@@ -120,7 +121,7 @@ def code_for_prompt(
                 shown, out = tried, text
                 break
         else:
-            left_out.append(about.get("qualified_name") or about.get("title") or memory.memory_id)
+            left_out.append(str(about.get("qualified_name") or about.get("title") or memory.memory_id))
     last_line = f"=== left out for want of room: {', '.join(left_out)}"
     with_last = f"{out}\n\n{last_line}" if out else last_line
     return with_last if left_out and count(with_last) <= budget else out

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['COLUMN_WEIGHTS', 'EMBEDDING_WEIGHT', 'CodeRetrievalConfig', 'CodeMemorySystem']
 
-# %% ../../../nbs/memory/code/system.ipynb #c1281da2
+# %% ../../../nbs/memory/code/system.ipynb #bf8b0433
 import asyncio
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
@@ -19,7 +19,7 @@ from ..calls import ModelFn, call_once, finished
 from ..candidates import Candidate, content_words
 from .context import TEMPLATE, CodeContext, approximate_tokens, checked_template, code_for_prompt, stack_frames
 from .graph import DependencyGraph
-from .indexing import CodeIndex, Indexed, Watcher, code_words, shown_path
+from .indexing import CODE, CodeIndex, Indexed, Watcher, code_words, is_code, shown_path
 from .words import words
 from ..judge import LLMJudge
 from ..results import Relevant, ScoredMemory
@@ -53,12 +53,13 @@ class CodeRetrievalConfig(RetrievalConfig):
             if field.name.endswith("_amount") and getattr(self, field.name) > 1:
                 raise ValueError(f"{field.name}: expected a number from 0 to 1, not {getattr(self, field.name)!r}")
 
-# %% ../../../nbs/memory/code/system.ipynb #e249737a
+# %% ../../../nbs/memory/code/system.ipynb #fd511b6e
 class CodeMemorySystem(MemorySystem):
     """
     A repository's functions, methods and types as memories, with documentation and debugging sessions beside them.
 
-    Arguments and errors as `MemorySystem`; `enable_caching=False` keeps no scores.
+    Arguments and errors as `MemorySystem`; `enable_caching=False` keeps no scores. What was read from files takes no part in `sleep`: the budget is
+    for the other memories. A single memory of code that is deleted stays so until its file changes or is read by `index_file`.
     """
 
     CONFIG = CodeRetrievalConfig
@@ -137,6 +138,13 @@ class CodeMemorySystem(MemorySystem):
     def watch(self, directory: str | Path, exclude_patterns: Sequence[str] | None = None, *, on_change: Callable[[Indexed], None] | None = None) -> Watcher:
         "Keep the memories in step with a folder in the background; the watcher has `stop()` and is a context manager."
         return self.index.watch(directory, tuple(exclude_patterns or ()), on_change=on_change)
+
+    def clear_all_memories(self) -> int:
+        "Delete all of the namespace; how many. Files that were read are forgotten as well, so that indexing reads them again."
+        return self.index.clear()
+
+    def _awake(self) -> set[int]:
+        return self.index.numbers()  # a copy in another file is code of its own, and the files would not give back what is dropped
 
     @property
     def graph(self) -> DependencyGraph:
@@ -226,16 +234,22 @@ class CodeMemorySystem(MemorySystem):
 
     def _framed(self, errors: str, where: Mapping[str, Any] | None) -> list[int]:
         "The innermost entity at each stack frame of an error, the last frames first, at most ten."
-        frames, known = stack_frames(errors), list(self.index.digests())
+        by_name: dict[str, list[str]] = {}
+        for file in self.index.digests():
+            by_name.setdefault(file.rpartition("/")[2], []).append(file)
+        spans: dict[str, list[tuple[int, int, int]]] = {}
         out: dict[int, None] = {}
-        for path, line in reversed(frames):
+        for path, line in reversed(stack_frames(errors)):
             end = Path(path).as_posix().removeprefix("./")
-            files = [file for file in known if file == end or file.endswith("/" + end.lstrip("/"))]
+            files = [file for file in by_name.get(end.rpartition("/")[2], ()) if file == end or file.endswith("/" + end.lstrip("/"))]
             for file in files if len(files) <= 3 else ():
-                filters = {**(where or {}), "session": file, "entity": {"$exists": True}, "start_line": {"$lte": line}, "end_line": {"$gte": line}}
-                around = self.store.list(filters)
+                if file not in spans:
+                    spans[file] = self.index.spans(file, where)
+                around = [(last - first, number) for first, last, number in spans[file] if first <= line <= last]
                 if around:
-                    out[min(around, key=lambda one: (one.metadata or {})["end_line"] - (one.metadata or {})["start_line"]).number] = None
+                    out[min(around)[1]] = None
+            if len(out) >= 10:
+                break
         return list(out)[:10]
 
     def _shown(self, memory: Memory, found: Candidate | None, hashes: bool) -> Item:
@@ -243,7 +257,7 @@ class CodeMemorySystem(MemorySystem):
         about, item = memory.metadata or {}, self._item(memory, found)
         if not isinstance(self.scorer, LLMJudge):
             return dataclasses.replace(item, text=f"{memory.text}\n{code_words(memory.text, about)}", metadata=None)
-        if "entity" not in about:
+        if not is_code(about):
             return item
         return dataclasses.replace(item, metadata={"file_hash": about["file_hash"][:16]} if hashes else None)
 
@@ -252,20 +266,19 @@ class CodeMemorySystem(MemorySystem):
         assert isinstance(config, CodeRetrievalConfig)
         near: set[str] = set()
         if config.enable_dependency_boost:
-            for memory, score in zip(memories, scores, strict=True):
-                entity = (memory.metadata or {}).get("entity")
-                if entity is not None and score.value >= config.relevance_threshold and entity in self.graph:
-                    near |= {*self.graph.callers(entity), *self.graph.callees(entity)}
+            strong = [memory.metadata for memory, score in zip(memories, scores, strict=True) if score.value >= config.relevance_threshold]
+            near = self.index.near(metadata["entity"] for metadata in strong if metadata is not None and is_code(metadata))
         current = self._absolute(about.current_file)
         accessed = {self._absolute(path) for path in about.accessed_files or ()} - {current}
         since = (datetime.now(UTC) - timedelta(days=config.recency_days)).isoformat()
         out = []
         for memory in memories:
             data = memory.metadata or {}
-            file = data.get("session")
+            file, code = data.get("session"), is_code(data)
+            file = file if isinstance(file, str) else None
             given = {
-                "dependency": config.dependency_boost_amount * (data.get("entity") in near),
-                "recency": config.recency_boost_amount * (config.enable_recency_boost and data.get("modified", "") >= since),
+                "dependency": config.dependency_boost_amount * (code and data["entity"] in near),
+                "recency": config.recency_boost_amount * (config.enable_recency_boost and code and data["modified"] >= since),
                 "frame": config.frame_boost_amount * (memory.number in framed),
                 "current_file": config.current_file_boost_amount * (file is not None and file == current),
                 "accessed_file": config.accessed_file_boost_amount * (file is not None and file in accessed),
@@ -300,7 +313,7 @@ class CodeMemorySystem(MemorySystem):
 
     def get_stats(self) -> dict[str, Any]:
         "As `MemorySystem.get_stats`, with `total_code_memories`, `total_non_code_memories` and `total_files`."
-        stats, code = super().get_stats(), self.count_memories({"entity": {"$exists": True}})
+        stats, code = super().get_stats(), self.count_memories(CODE)
         return {
             "total_code_memories": code, "total_non_code_memories": stats["total_memories"] - code, "total_files": len(self.index.digests()), **stats,
         }
