@@ -368,6 +368,16 @@ def test_callers_and_callees_of_strong_hits_pass_the_threshold_after_boosts(repo
         assert names(system.retrieve_relevant_memories_sync("how does one get in?")) == ["login"]
 
 
+@pytest.mark.parametrize(("hits", "gain"), [(1, {"check", "remember"}), (2, {"check", "remember", "until"})])
+def test_only_callers_and_callees_of_the_best_gain(repository, hits, gain):
+    scores = {"function login ": 9, "Session.renew": 8, "Session.until": 5}
+    with system_of(answering(lambda text: next((score for name, score in scores.items() if name in text), 4)), relevance_threshold=0.5) as system:
+        index(system, repository)
+        system.update_retrieval_config(dependency_boost_hits=hits)
+        found = system.retrieve_relevant_memories_sync("how does one get in?", explain=True)
+        assert {m.metadata["name"] for m in found if "dependency" in m.explanation} == gain
+
+
 def test_what_was_changed_lately_gains_and_scores_end_at_one(repository):
     old, days = time.time() - 20 * 86400, 86400
     os.utime(repository / "app/tokens.py", (old, old))

@@ -27,7 +27,7 @@ from ..scoring import Item, Score
 from ..store import Memory
 from ..system import MemorySystem, RetrievalConfig
 
-# %% ../../../nbs/memory/code/system.ipynb #c42019ac
+# %% ../../../nbs/memory/code/system.ipynb #0b5c36a0
 COLUMN_WEIGHTS = (0.1, 1.0, 1.0, 1.0)  # of the text, the speaker, the date and the words of identifiers
 EMBEDDING_WEIGHT = 2.0  # of meaning beside words, in standard deviations
 
@@ -37,12 +37,13 @@ class CodeRetrievalConfig(RetrievalConfig):
     "How memories of code are retrieved. ValueError names what is out of range."
 
     max_memories: int = 15
-    enable_dependency_boost: bool = True  # callers and callees of memories at the threshold gain
+    enable_dependency_boost: bool = True  # callers and callees of the best memories gain
     enable_recency_boost: bool = True  # what was changed lately gains
     dependency_boost_amount: float = 0.15
     recency_boost_amount: float = 0.10
     recency_days: int = 7
     enable_caching: bool = True  # whether scores are kept
+    dependency_boost_hits: int = 3  # whose callers and callees gain: the best that are at the threshold, and what is scored alike
     frame_boost_amount: float = 0.2  # functions that a stack frame of the error points at
     current_file_boost_amount: float = 0.05
     accessed_file_boost_amount: float = 0.03
@@ -53,7 +54,7 @@ class CodeRetrievalConfig(RetrievalConfig):
             if field.name.endswith("_amount") and getattr(self, field.name) > 1:
                 raise ValueError(f"{field.name}: expected a number from 0 to 1, not {getattr(self, field.name)!r}")
 
-# %% ../../../nbs/memory/code/system.ipynb #fd511b6e
+# %% ../../../nbs/memory/code/system.ipynb #2e0000d8
 class CodeMemorySystem(MemorySystem):
     """
     A repository's functions, methods and types as memories, with documentation and debugging sessions beside them.
@@ -266,7 +267,9 @@ class CodeMemorySystem(MemorySystem):
         assert isinstance(config, CodeRetrievalConfig)
         near: set[str] = set()
         if config.enable_dependency_boost:
-            strong = [memory.metadata for memory, score in zip(memories, scores, strict=True) if score.value >= config.relevance_threshold]
+            best = sorted((score.value for score in scores), reverse=True)[: config.dependency_boost_hits]
+            least = max(config.relevance_threshold, best[-1] if best else 0.0)
+            strong = [memory.metadata for memory, score in zip(memories, scores, strict=True) if score.value >= least]
             near = self.index.near(metadata["entity"] for metadata in strong if metadata is not None and is_code(metadata))
         current = self._absolute(about.current_file)
         accessed = {self._absolute(path) for path in about.accessed_files or ()} - {current}
