@@ -426,6 +426,9 @@ def test_a_frame_is_among_the_candidates_however_many_memories_there_are(reposit
         assert "hidden" not in names(system.retrieve_relevant_memories_sync("question answer"))
         found = system.retrieve_relevant_memories_sync(CodeContext("question answer", errors=error))
         assert names(found)[0] == "hidden" and len(found) <= 20
+        for path, there in ((f"/home/me/{many.parent.name}/many.py", True), ("many.py", True), ("/usr/lib/python3.11/many.py", False)):
+            found = system.retrieve_relevant_memories_sync(CodeContext("question answer", errors=error.replace(str(many), path)), explain=True)
+            assert ["hidden" for m in found if "frame" in m.explanation] == ["hidden"] * there, path  # a traceback of another machine, and one of another project
 
 
 # The cache

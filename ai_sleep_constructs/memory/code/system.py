@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['COLUMN_WEIGHTS', 'EMBEDDING_WEIGHT', 'CodeRetrievalConfig', 'CodeMemorySystem']
 
-# %% ../../../nbs/memory/code/system.ipynb #bf8b0433
+# %% ../../../nbs/memory/code/system.ipynb #3811efd4
 import asyncio
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from itertools import takewhile
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -54,7 +55,15 @@ class CodeRetrievalConfig(RetrievalConfig):
             if field.name.endswith("_amount") and getattr(self, field.name) > 1:
                 raise ValueError(f"{field.name}: expected a number from 0 to 1, not {getattr(self, field.name)!r}")
 
-# %% ../../../nbs/memory/code/system.ipynb #2e0000d8
+# %% ../../../nbs/memory/code/system.ipynb #6a0c5847
+def _meant(frame: Sequence[str], files: Sequence[str]) -> list[str]:
+    "The files of that name that a frame's path may mean, which may come from another machine: those that share most of its end, and a folder at least."
+    ends = {file: zip(reversed(Path(file).parts), reversed(frame), strict=False) for file in files}
+    shared = {file: sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], end)) for file, end in ends.items()}
+    most = max(shared.values(), default=0)
+    return [file for file in files if shared[file] == most] if most >= min(2, len(frame)) else []
+
+
 class CodeMemorySystem(MemorySystem):
     """
     A repository's functions, methods and types as memories, with documentation and debugging sessions beside them.
@@ -137,7 +146,11 @@ class CodeMemorySystem(MemorySystem):
         return self.last_indexed.ids
 
     def watch(self, directory: str | Path, exclude_patterns: Sequence[str] | None = None, *, on_change: Callable[[Indexed], None] | None = None) -> Watcher:
-        "Keep the memories in step with a folder in the background; the watcher has `stop()` and is a context manager."
+        """
+        Keep the memories in step with a folder in the background; the watcher has `stop()` and is a context manager.
+
+        It begins a moment after this returns: `index_repository` reads what changed before.
+        """
         return self.index.watch(directory, tuple(exclude_patterns or ()), on_change=on_change)
 
     def clear_all_memories(self) -> int:
@@ -241,8 +254,7 @@ class CodeMemorySystem(MemorySystem):
         spans: dict[str, list[tuple[int, int, int]]] = {}
         out: dict[int, None] = {}
         for path, line in reversed(stack_frames(errors)):
-            end = Path(path).as_posix().removeprefix("./")
-            files = [file for file in by_name.get(end.rpartition("/")[2], ()) if file == end or file.endswith("/" + end.lstrip("/"))]
+            files = _meant(Path(path).parts, by_name.get(Path(path).name, ()))
             for file in files if len(files) <= 3 else ():
                 if file not in spans:
                     spans[file] = self.index.spans(file, where)
