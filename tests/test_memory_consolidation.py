@@ -12,6 +12,7 @@ import pytest
 
 from ai_sleep_constructs.memory.calls import CallLimitError
 from ai_sleep_constructs.memory.contradictions import contradiction, differ
+from ai_sleep_constructs.memory.embedding import VectorIndex
 from ai_sleep_constructs.memory.journal import Journal
 from ai_sleep_constructs.memory.planning import ConsolidationConfig, Planner
 from ai_sleep_constructs.memory.store import MemoryStore
@@ -408,3 +409,29 @@ def test_a_whole_night(after):
         controller.initiate_sleep(SleepTrigger.MANUAL, SleepMode.DEEP_SLEEP)
         assert controller.last_report.strategies[0].status == "committed" and len(system) == 4
         assert system.get_memory("c")["metadata"]["contradicts"]
+
+
+@pytest.mark.parametrize("way", ["revert", "sleep"])
+def test_a_memory_brought_back_is_read_again_by_the_one_after_it(way):
+    read = []
+
+    class Reading:
+        name, size = "reading", 2
+
+        def encode(self, texts):
+            read.extend(texts)
+            return np.ones((len(texts), 2), np.float32)
+
+    with quiet() as system:
+        store = system.store
+        store.add_many([note("a", "Ann: hello", 1, session="s"), note("b", "The cabin is far.", 2, session="s"), note("c", "Then stay.", 3, session="s")])
+        with VectorIndex(store, Reading(), background=False) as index:
+            index.make()
+            store.touch([1, 3])
+            if way == "revert":
+                store.delete("b")
+            else:
+                assert system.sleep_sync(2)["ids"]["dropped"] == ["b"]
+            assert index.make() == 1 and read[-1].startswith("Then stay.") and read[-1].endswith("hello")
+            assert store.revert("b", store.history("b")[0]["version"]) if way == "revert" else system.revert_consolidation()["restored"] == 1
+            assert index.make() == 2 and sorted(read[-2:])[1].endswith("The cabin is far.") and read[-1].startswith("Then stay.")

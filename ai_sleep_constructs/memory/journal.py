@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MARKS', 'OURS', 'Summary', 'merged_metadata', 'Journal']
 
-# %% ../../nbs/memory/journal.ipynb #73b06818
+# %% ../../nbs/memory/journal.ipynb #6d1d6f67
 import json
 import sqlite3
 from collections.abc import Sequence
@@ -14,6 +14,7 @@ from typing import Any
 
 from .connections import execute_rows
 from .planning import ConsolidationConfig, Plan
+from .schema import RESTORED
 from .store import Memory, MemoryStore
 from .transfer import INSERT, checked_metadata, checked_timestamp
 
@@ -60,7 +61,7 @@ def _size(connection: sqlite3.Connection, namespace: str) -> tuple[int, int]:
 def _version(connection: sqlite3.Connection) -> int:
     return connection.execute("SELECT seq FROM sqlite_sequence WHERE name = 'versions'").fetchone()[0]
 
-# %% ../../nbs/memory/journal.ipynb #e13d8086
+# %% ../../nbs/memory/journal.ipynb #16573414
 class Journal:
     "The consolidations of a store's namespace."
 
@@ -236,6 +237,7 @@ class Journal:
                         connection.execute(f"UPDATE memories SET {change} WHERE number = ?", values)
             self._write(unmarked)
             execute_rows(connection, INSERT.replace("(id", "(number, id").replace("(?", "(?, ?"), back)
+            connection.execute(RESTORED, (json.dumps([row[0] for row in back]),))
             restored = "INSERT INTO versions (namespace, id, number, action, at) VALUES (?, ?, ?, 'restore', ?)"
             connection.executemany(restored, [(name, row[1], row[0], checked_timestamp(None)) for row in back])
             out["restored"], out["unmarked"] = len(back), len(unmarked)

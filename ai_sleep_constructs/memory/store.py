@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['COLUMNS', 'Memories', 'Item', 'ITEM', 'Memory', 'new_id', 'shingles', 'MemoryStore']
 
-# %% ../../nbs/memory/store.ipynb #e2826a18
+# %% ../../nbs/memory/store.ipynb #f3edc292
 import copy
 import json
 import os
@@ -21,7 +21,7 @@ from typing import Any
 
 from .connections import Connections, execute_rows
 from .filters import compile_where
-from .schema import MIGRATIONS
+from .schema import MIGRATIONS, RESTORED
 from ai_sleep_constructs.memory.transfer import (
     INSERT,
     Conflict,
@@ -75,7 +75,7 @@ def shingles(text: str) -> set[str]:
     words = _WORD.findall(text.casefold())
     return {*words, *map(" ".join, pairwise(words))} or {text.strip()}
 
-# %% ../../nbs/memory/store.ipynb #ac673d27
+# %% ../../nbs/memory/store.ipynb #fd4f770e
 class MemoryStore:
     """
     Memories in a SQLite file that threads and processes may share.
@@ -236,7 +236,12 @@ class MemoryStore:
         return True
 
     def delete(self, id: str, *, erase: bool = False) -> bool:
-        """Delete a memory; whether there was one of this id. With `erase`, no version keeps its content either."""
+        """
+        Delete a memory; whether there was one of this id. With `erase`, no version keeps its content either.
+
+        Erasing writes the full-text index anew, so that none of its words stays there. SQLite's own journal beside the file may hold
+        pages as they were until the file is closed by all, and so do copies that were made before.
+        """
         with self.transaction() as connection:
             name = (self.namespace, id)
             found = connection.execute("DELETE FROM memories WHERE namespace = ? AND id = ?", name).rowcount > 0
@@ -245,7 +250,7 @@ class MemoryStore:
         return found
 
     def clear(self, *, erase: bool = False) -> int:
-        """Delete all memories of the namespace; how many. With `erase`, no version keeps their content either."""
+        """Delete all memories of the namespace; how many. With `erase` as in `delete`."""
         with self.transaction() as connection:
             count = connection.execute("DELETE FROM memories WHERE namespace = ?", (self.namespace,)).rowcount
             if erase:
@@ -256,6 +261,7 @@ class MemoryStore:
     def _erase(connection: sqlite3.Connection, condition: str, values: tuple[Any, ...]) -> None:
         empty = "text = NULL, metadata = NULL, timestamp = NULL, uses = 0, used_at = NULL, action = 'erase'"
         connection.execute(f"UPDATE versions SET {empty} WHERE {condition}", values)
+        connection.execute("INSERT INTO memories_text (memories_text) VALUES ('optimize')")
 
     def touch(self, numbers: Iterable[int]) -> None:
         """Count one more use of each of these memories, now."""
@@ -296,6 +302,7 @@ class MemoryStore:
                 connection.execute(insert, (number, id, self.namespace, text, encoded, timestamp, words, *use))
                 back = "INSERT INTO versions (namespace, id, number, action, at) VALUES (?, ?, ?, 'restore', ?)"
                 connection.execute(back, (*name, number, checked_timestamp(None)))
+                connection.execute(RESTORED, (f"[{number}]",))
         return True
 
     def near_duplicates(self, text: str, threshold: float = 0.9, *, limit: int = 20) -> list[tuple[str, float]]:
