@@ -141,7 +141,7 @@ def alike_before(texts: Sequence[str], threshold: float) -> dict[int, tuple[int,
                 out[distinct[late]] = distinct[early], value
     return out
 
-# %% ../../nbs/memory/likeness.ipynb #f85e9e0d
+# %% ../../nbs/memory/likeness.ipynb #1a606909
 _FEW, _SEEN, _MANY, _GROUP = 100, 1000, 50, 4  # texts with a rare word; with a group of common ones; of these of the same length; words of a group
 _LETTER = re.compile(r"[^\W_]")
 
@@ -213,8 +213,8 @@ class AlikeTexts:
         query = " OR ".join(f"({' AND '.join(f'{chr(34)}{word}{chr(34)}' for word in group)})" for group in groups)
         sql = """SELECT m.number FROM (SELECT rowid FROM memories_text WHERE memories_text MATCH ? LIMIT ?) AS f CROSS JOIN memories AS m
             ON m.number = f.rowid WHERE m.namespace = ? AND length(m.text) BETWEEN ? AND ? LIMIT ?"""
-        least = self.threshold * len(text) * 0.8  # words that differ may be of other lengths
-        values = (f"text : ({query})", _SEEN, self.namespace, least, len(text) ** 2 / least, _MANY)
+        shortest = self.threshold * len(text) * 0.8  # words that differ may be of other lengths
+        values = (f"text : ({query})", _SEEN, self.namespace, shortest, len(text) ** 2 / shortest, _MANY)
         return [row for (row,) in self.connection.execute(sql, values)]
 
     def _compared(self, mine: set[str], length: int, numbers: list[int]) -> list[tuple[str, float]]:
