@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['COLUMNS', 'Memories', 'Item', 'ITEM', 'Memory', 'new_id', 'MemoryStore']
 
-# %% ../../nbs/memory/store.ipynb #e3a03c98
+# %% ../../nbs/memory/store.ipynb #f980014a
 import copy
 import json
 import os
@@ -19,7 +19,7 @@ from typing import Any
 
 from .connections import Connections, execute_rows
 from .filters import compile_where
-from .likeness import AlikeTexts
+from .likeness import AlikeTexts, alike_before
 from .schema import MIGRATIONS, RESTORED
 from ai_sleep_constructs.memory.transfer import (
     INSERT,
@@ -65,7 +65,7 @@ def new_id() -> str:
     """32 hexadecimal digits: 12 of the time in milliseconds, then 80 random bits."""
     return f"{time.time_ns() // 1_000_000:012x}{os.urandom(10).hex()}"
 
-# %% ../../nbs/memory/store.ipynb #46ca8a7a
+# %% ../../nbs/memory/store.ipynb #0f4d787d
 class MemoryStore:
     """
     Memories in a SQLite file that threads and processes may share.
@@ -311,6 +311,11 @@ class MemoryStore:
         with self.connections.using() as connection:
             search = AlikeTexts(connection, self.namespace, threshold, limit, self._common)
             return [search.find(text) for text in texts]
+
+    def alike(self, texts: Sequence[str], threshold: float = 0.9) -> dict[int, tuple[int | str, float]]:
+        """The places of texts that are like a memory or an earlier one of them: its id, or the place of the earlier one, and the likeness."""
+        stored = self.near_duplicates_of(texts, threshold, limit=8)
+        return {**alike_before(texts, threshold), **{place: found[0] for place, found in enumerate(stored) if found}}
 
     # Files
 

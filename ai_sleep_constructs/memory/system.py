@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['RetrievalConfig', 'NearDuplicateWarning', 'MemorySystem']
 
-# %% ../../nbs/memory/system.ipynb #e73f6d79
+# %% ../../nbs/memory/system.ipynb #f0e11b09
 import asyncio
 import dataclasses
 import difflib
@@ -24,7 +24,6 @@ from .embedding import Embedder, minilm
 from .judge import LLMJudge
 from .journal import OURS
 from .judge_cache import ScoreCache
-from .likeness import alike_before
 from .results import Relevant, ScoredMemory, for_prompt
 from .scoring import BlendScorer, EmbeddingScorer, LexicalScorer, Scorable, Score, Scorer, make_scorer
 from .scoring import Item as ScoredItem
@@ -67,7 +66,7 @@ class RetrievalConfig:
 class NearDuplicateWarning(UserWarning):
     "A memory was added that says almost the same as one that is there."
 
-# %% ../../nbs/memory/system.ipynb #e258c002
+# %% ../../nbs/memory/system.ipynb #fbde4ad7
 class MemorySystem(Consolidation):
     """
     Texts that are remembered, and retrieved by how much they help.
@@ -213,10 +212,7 @@ class MemorySystem(Consolidation):
         "The places of texts that say almost the same as a memory or an earlier one of them: its id or place, and the likeness."
         if self.near_duplicate is None:
             return {}
-        said = [text if isinstance(text, str) else "" for text in texts]
-        out: dict[int, tuple[int | str, float]] = dict(alike_before(said, self.near_duplicate)) if len(said) > 1 else {}
-        stored = self.store.near_duplicates_of(said, self.near_duplicate, limit=8)
-        return out | {place: found[0] for place, found in enumerate(stored) if found}
+        return self.store.alike([text if isinstance(text, str) else "" for text in texts], self.near_duplicate)
 
     def _report(self, made: Sequence[str], alike: Mapping[int, tuple[int | str, float]]) -> None:
         if alike:
