@@ -12,6 +12,7 @@ import pytest
 
 from ai_sleep_constructs.memory.calls import CallLimitError
 from ai_sleep_constructs.memory.contradictions import contradiction, differ
+from ai_sleep_constructs.memory.embedding import VectorIndex
 from ai_sleep_constructs.memory.journal import Journal
 from ai_sleep_constructs.memory.planning import ConsolidationConfig, Planner
 from ai_sleep_constructs.memory.store import MemoryStore
@@ -408,3 +409,69 @@ def test_a_whole_night(after):
         controller.initiate_sleep(SleepTrigger.MANUAL, SleepMode.DEEP_SLEEP)
         assert controller.last_report.strategies[0].status == "committed" and len(system) == 4
         assert system.get_memory("c")["metadata"]["contradicts"]
+
+
+@pytest.mark.parametrize("way", ["revert", "sleep"])
+def test_a_memory_brought_back_is_read_again_by_the_one_after_it(way):
+    read = []
+
+    class Reading:
+        name, size = "reading", 2
+
+        def encode(self, texts):
+            read.extend(texts)
+            return np.ones((len(texts), 2), np.float32)
+
+    with quiet() as system:
+        store = system.store
+        store.add_many([note("a", "Ann: hello", 1, session="s"), note("b", "The cabin is far.", 2, session="s"), note("c", "Then stay.", 3, session="s")])
+        with VectorIndex(store, Reading(), background=False) as index:
+            index.make()
+            store.touch([1, 3])
+            if way == "revert":
+                store.delete("b")
+            else:
+                assert system.sleep_sync(2)["ids"]["dropped"] == ["b"]
+            assert index.make() == 1 and read[-1].startswith("Then stay.") and read[-1].endswith("hello")
+            assert store.revert("b", store.history("b")[0]["version"]) if way == "revert" else system.revert_consolidation()["restored"] == 1
+            assert index.make() == 2 and sorted(read[-2:])[1].endswith("The cabin is far.") and read[-1].startswith("Then stay.")
+
+
+@pytest.mark.parametrize("key", ["sources", "sources_left_out", "contradicts", "contradicted_by", "summary_of", "sleep_sources"])
+@pytest.mark.parametrize("value", [["a", "b"], "wiki", 5, None, [], {"a": 1}, [{"id": "x"}], True])
+def test_what_a_user_keeps_under_our_keys_stays(key, value):
+    if (key, value) in (("sources_left_out", 5), ("summary_of", ["a", "b"])):
+        pytest.skip("of the shape that is ours")
+
+    async def model(prompt):
+        return "The rent is discussed."
+
+    with quiet(model) as system:
+        mine = {key: value}
+        system.add_memories([note(f"n{day}", RENT, day, **mine, room=day) for day in (1, 2)] + [note("c", RENT.replace("500", "600"), 3, **mine), note("d", "The dog.", 4, **mine)])
+        before = everything(system)
+        assert system.sleep_sync(summarise=True, max_sources=1)["merged"] == 1
+        kept = system.get_memory("n2")["metadata"]
+        place = "sleep_sources" if key == "sources" else "sources"
+        assert kept[key] == value and kept[place] == [{"id": "n1", "timestamp": before[0].timestamp, "metadata": {"room": 1}}]
+        later = system.get_memory("c")["metadata"]
+        assert later[key] == value and later["sleep_contradicts" if key == "contradicts" else "contradicts"][0]["id"] == "n2"
+        after = everything(system)
+        assert system.sleep_sync()["id"] is None and everything(system) == after and system.get_memory("d")["metadata"] == mine
+        system.revert_consolidation()
+        assert everything(system) == before
+
+
+def test_what_a_merged_memory_kept_under_our_keys_is_in_its_source():
+    with quiet() as system:
+        system.add_memories([note("a", RENT, 1, sources="mail", contradicts="nobody"), note("b", RENT, 2)])
+        system.sleep_sync()
+        (source,) = system.get_memory("b")["metadata"]["sources"]
+        assert source["metadata"] == {"sources": "mail", "contradicts": "nobody"}
+        system.add_memories([note("c", RENT, 3, sources=["own"])])
+        system.sleep_sync()
+        metadata = system.get_memory("c")["metadata"]
+        assert metadata["sources"] == ["own"] and [one["id"] for one in metadata["sleep_sources"]] == ["a", "b"]
+        system.update_memory("c", metadata={**metadata, "sources": ["mine now"]})
+        system.revert_consolidation()
+        assert system.get_memory("c")["metadata"] == {"sources": ["mine now"]} and len(system.get_memory("b")["metadata"]["sources"]) == 1

@@ -409,14 +409,45 @@ def test_words_are_made_anew_for_every_text(tmp_path: Path) -> None:
 
 
 def test_erased_content_is_nowhere_in_the_file(store: MemoryStore) -> None:
+    """Neither metadata nor a word of the text, also of what came and went in one transaction, or was deleted before."""
+    store.add_many([f"kept number {number}" for number in range(500)])
     id = store.add("the zebra password", {"secret": "quagga"})
-    store.update(id, text="the changed password")
+    store.update(id, text="the okapi password")
     assert store.delete(id, erase=True)
     assert [row["text"] for row in store.history(id)] == [None, None] and not store.revert(id, 1)
-    store.add("kept"), store.clear(erase=True)
+    before = store.add("a tapir in the garden")
+    store.delete(before)
+    assert not store.delete(before, erase=True)
+    with store.transaction():
+        store.delete(store.add("an axolotl in the pond"), erase=True)
+    assert store.integrity_check() == [] and len(matching(store, "kept")) == 500
+    other = store.within("other")
+    other.add("a walrus on the hill"), other.clear(erase=True)
     path = store.path
     store.close()
-    assert b"quagga" not in path.read_bytes()
+    content = path.read_bytes()
+    for word in (b"quagga", b"zebra", b"okapi", b"password", b"tapir", b"axolotl", b"walrus"):
+        assert word not in content and word[1:] not in content, word
+
+
+def test_erased_words_are_not_left_in_an_index_of_one_piece(store: MemoryStore) -> None:
+    with store.transaction():
+        store.delete(store.add("an axolotl in the pond"), erase=True)
+    path = store.path
+    store.close()
+    assert b"xolotl" not in path.read_bytes()
+
+
+def test_vectors_of_the_second_format_are_made_anew(tmp_path: Path) -> None:
+    """They are of bare texts, and those of the third format read who speaks."""
+    path = tmp_path / "m.db"
+    second = Connections(path, MIGRATIONS[:2])
+    execute_rows(second.get(), INSERT, [("a", "default", "text", '{"speaker":"Ada"}', "2026-01-01", None, 0, None)])
+    second.get().execute("INSERT INTO embedders (name, size) VALUES ('bags', 2)")
+    second.get().execute("INSERT INTO vectors (embedder, number, vector) VALUES (1, 1, x'00000000')")
+    second.close()
+    with MemoryStore(path) as store:
+        assert store.connections.rows("SELECT count(*) FROM vectors") == [(0,)] and store.count() == 1
 
 
 def test_near_duplicates_are_found_among_many(store: MemoryStore) -> None:

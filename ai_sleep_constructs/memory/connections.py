@@ -23,9 +23,9 @@ from typing import Any
 
 from ..reference.files import replacing
 
-# %% ../../nbs/memory/connections.ipynb #95783b69
+# %% ../../nbs/memory/connections.ipynb #1a0e6c0d
 DURABILITY = {"normal": "NORMAL", "full": "FULL"}
-SETTINGS = ("cache_size = -16384", "wal_autocheckpoint = 8000", f"journal_size_limit = {64 << 20}")
+SETTINGS = ("cache_size = -16384", "wal_autocheckpoint = 8000", f"journal_size_limit = {64 << 20}", "secure_delete = ON")
 _VALUES = re.compile(r"VALUES (\([?, ]+\))")
 
 

@@ -5,21 +5,24 @@
 # %% auto #0
 __all__ = ['MARKS', 'OURS', 'Summary', 'merged_metadata', 'Journal']
 
-# %% ../../nbs/memory/journal.ipynb #73b06818
+# %% ../../nbs/memory/journal.ipynb #a1623459
 import json
 import sqlite3
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from .connections import execute_rows
 from .planning import ConsolidationConfig, Plan
+from .schema import RESTORED
 from .store import Memory, MemoryStore
 from .transfer import INSERT, checked_metadata, checked_timestamp
 
-# %% ../../nbs/memory/journal.ipynb #30edbe41
+# %% ../../nbs/memory/journal.ipynb #76ba7565
 MARKS = ("contradicts", "contradicted_by")
-OURS = ("sources", "sources_left_out", *MARKS)
+_KEYS = ("sources", "sources_left_out", *MARKS)
+_BESIDE = "sleep_"  # before a key where a user keeps something else under it
+OURS = (*_KEYS, *(_BESIDE + key for key in _KEYS))
 _TABLE = """CREATE TABLE IF NOT EXISTS consolidations (
     consolidation INTEGER PRIMARY KEY AUTOINCREMENT, namespace TEXT NOT NULL, at TEXT NOT NULL, first INTEGER NOT NULL, last INTEGER NOT NULL,
     added TEXT NOT NULL, uses TEXT NOT NULL, report TEXT NOT NULL, reverted TEXT
@@ -35,21 +38,40 @@ class Summary:
     replaces: tuple[str, ...] = ()  # ids of summaries that it makes unnecessary
 
 
+def _written(key: str, value: Any) -> str:
+    "Which of our keys this is, by the shape of the value; '' for what a user keeps there."
+    key = key.split(_BESIDE)[-1]
+    if key == "sources_left_out":
+        return key if isinstance(value, int) and not isinstance(value, bool) else ""
+    if key not in OURS or not isinstance(value, list) or not value:
+        return ""
+    parts = ("id", "timestamp" if key == "sources" else "reason")
+    return key if all(isinstance(one, dict) and all(isinstance(one.get(part), str) for part in parts) for one in value) else ""
+
+
+def _place(key: str, metadata: Mapping[str, Any]) -> str:
+    "Where to write what belongs under one of our keys."
+    while key in metadata and not _written(key, metadata[key]):
+        key = _BESIDE + key
+    return key
+
+
 def merged_metadata(kept: Memory, others: Sequence[Memory], limit: int) -> dict[str, Any]:
     "The metadata of a memory that takes others over: its own wins, theirs is kept under `sources`, the newest `limit` of them."
     own = dict(kept.metadata or {})
-    sources = list(own.get("sources", []))
-    left_out = int(own.get("sources_left_out", 0))
+    sources: list[dict[str, Any]] = []
+    left_out = 0
+    for metadata in (own, *(other.metadata or {} for other in others)):
+        for key, value in metadata.items():
+            sources += value if _written(key, value) == "sources" else []
+            left_out += value if _written(key, value) == "sources_left_out" else 0
     for other in others:
-        theirs = dict(other.metadata or {})
-        sources += theirs.pop("sources", [])
-        left_out += int(theirs.pop("sources_left_out", 0))
-        more = {key: value for key, value in theirs.items() if key not in MARKS and own.get(key) != value}
+        more = {key: value for key, value in (other.metadata or {}).items() if not _written(key, value) and own.get(key) != value}
         sources.append({"id": other.id, "timestamp": other.timestamp, **({"metadata": more} if more else {})})
     sources.sort(key=lambda source: source["timestamp"])
     if len(sources) > limit:
         left_out += len(sources) - limit
-    return {**own, "sources": sources[-limit:], **({"sources_left_out": left_out} if left_out else {})}
+    return {**own, _place("sources", own): sources[-limit:], **({_place("sources_left_out", own): left_out} if left_out else {})}
 
 
 def _size(connection: sqlite3.Connection, namespace: str) -> tuple[int, int]:
@@ -60,7 +82,7 @@ def _size(connection: sqlite3.Connection, namespace: str) -> tuple[int, int]:
 def _version(connection: sqlite3.Connection) -> int:
     return connection.execute("SELECT seq FROM sqlite_sequence WHERE name = 'versions'").fetchone()[0]
 
-# %% ../../nbs/memory/journal.ipynb #e13d8086
+# %% ../../nbs/memory/journal.ipynb #2c7b32f4
 class Journal:
     "The consolidations of a store's namespace."
 
@@ -138,7 +160,8 @@ class Journal:
             memory, others = memories[place], [memories[one] for one in merges.get(place, ())]
             metadata = merged_metadata(memory, others, config.max_sources) if others else dict(memory.metadata or {})
             if config.contradictions:
-                metadata = {key: value for key, value in metadata.items() if key not in MARKS} | marks.get(place, {})
+                metadata = {key: value for key, value in metadata.items() if _written(key, value) not in MARKS}
+                metadata |= {_place(key, metadata): value for key, value in marks.get(place, {}).items()}
             if metadata != (memory.metadata or {}):
                 new.append((memory, metadata))
         self._write(new)
@@ -227,8 +250,8 @@ class Journal:
                 elif action == "delete":
                     out["left"].append(key)
                 elif now is not None:
-                    metadata = {field: value for field, value in (now.metadata or {}).items() if field not in OURS}
-                    metadata |= {field: old[field] for field in OURS if old and field in old}
+                    metadata = {field: value for field, value in (now.metadata or {}).items() if not _written(field, value)}
+                    metadata |= {_place(field, metadata): value for field, value in (old or {}).items() if _written(field, value)}
                     unmarked.append((now, metadata or (None if old is None else {})))
                     if key in grown:
                         change = "uses = max(0, uses - ?), used_at = CASE WHEN uses = ? THEN ? ELSE used_at END"
@@ -236,6 +259,7 @@ class Journal:
                         connection.execute(f"UPDATE memories SET {change} WHERE number = ?", values)
             self._write(unmarked)
             execute_rows(connection, INSERT.replace("(id", "(number, id").replace("(?", "(?, ?"), back)
+            connection.execute(RESTORED, (json.dumps([row[0] for row in back]),))
             restored = "INSERT INTO versions (namespace, id, number, action, at) VALUES (?, ?, ?, 'restore', ?)"
             connection.executemany(restored, [(name, row[1], row[0], checked_timestamp(None)) for row in back])
             out["restored"], out["unmarked"] = len(back), len(unmarked)

@@ -58,7 +58,7 @@ class Plan:
     weakest: list[int] = field(default_factory=list)  # those that stay, the one that would be missed least first
     series: int = 0  # memories of many of one pattern, in which no contradictions were looked for
 
-# %% ../../nbs/memory/planning.ipynb #a0e6c9af
+# %% ../../nbs/memory/planning.ipynb #87319696
 _CROWD, _SERIES = 24, 4  # more memories on one subject, and more contradictions of one memory, are a series
 
 
@@ -83,7 +83,8 @@ def strength(memory: Memory, half_life_days: float = 30.0, also: Sequence[Memory
 
 def is_summary(memory: Memory) -> bool:
     "Whether a consolidation wrote it."
-    return bool((memory.metadata or {}).get("summary_of"))
+    of = (memory.metadata or {}).get("summary_of")
+    return isinstance(of, list) and bool(of) and all(isinstance(id, str) for id in of)
 
 
 def part(sets: Sets, rows: np.ndarray) -> Sets:

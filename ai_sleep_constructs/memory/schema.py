@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['TABLES', 'INDEX', 'NEW', 'OLD', 'INTO', 'OUT_OF', 'KEEP', 'DROP', 'CHANGED', 'TRIGGERS', 'OTHER_WORDS', 'SECOND',
-           'CONTEXT', 'THIRD', 'MIGRATIONS']
+           'CONTEXT', 'THIRD', 'RESTORED', 'MIGRATIONS']
 
-# %% ../../nbs/memory/schema.ipynb #92b95aa8
+# %% ../../nbs/memory/schema.ipynb #4e4de799
 TABLES = (
     """CREATE TABLE memories (
         number INTEGER PRIMARY KEY AUTOINCREMENT,
@@ -86,6 +86,7 @@ CONTEXT = " in context"  # at the end of the name of an embedder that read the t
 _NEXT = "(SELECT min(number) FROM memories WHERE namespace = {0}.namespace AND session = {0}.session AND number > {0}.number)"
 _IN_CONTEXT = f"embedder IN (SELECT embedder FROM embedders WHERE name LIKE '%{CONTEXT}')"
 THIRD = (
+    "DELETE FROM vectors",  # made of the bare texts: those from now on read who speaks, under the same name
     "DROP TRIGGER memories_deleted",
     "DROP TRIGGER memories_other_text",
     f"""CREATE TRIGGER memories_deleted AFTER DELETE ON memories BEGIN {OUT_OF}; {KEEP.format(action='delete')}; {DROP};
@@ -94,4 +95,6 @@ THIRD = (
         WHEN old.text IS NOT new.text OR old.speaker IS NOT new.speaker OR old.session IS NOT new.session BEGIN {DROP};
         DELETE FROM vectors WHERE number IN ({_NEXT.format('old')}, {_NEXT.format('new')}) AND {_IN_CONTEXT}; END""",
 )
+RESTORED = f"""DELETE FROM vectors WHERE {_IN_CONTEXT} AND number IN
+    (SELECT {_NEXT.format('m')} FROM memories AS m WHERE m.number IN (SELECT value FROM json_each(?)))"""
 MIGRATIONS = ((*TABLES, *INDEX, *TRIGGERS), SECOND, THIRD)

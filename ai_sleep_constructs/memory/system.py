@@ -176,34 +176,46 @@ class MemorySystem(Consolidation):
         text: str,
         metadata: Mapping[str, Any] | None = None,  # `session`, `speaker` and `date` are used to find it as well
     ) -> str:
-        "Keep a text; its id. NearDuplicateWarning when one that is there says almost the same: it is kept all the same."
-        alike = self._alike(text)
-        made = self.store.add(text, metadata)
-        self._report([(made, alike)])
+        """
+        Keep a text; its id. NearDuplicateWarning, naming both ids, when one that is there says almost the same: it is kept all the same.
+
+        Where warnings are made errors, nothing is kept.
+        """
+        alike = self._alike([text])
+        if not alike:
+            return self.store.add(text, metadata)
+        with self.store.transaction():
+            made = self.store.add(text, metadata)
+            self._report([made], alike)
         return made
 
     def add_memories(
         self,
         items: Iterable[Item],  # texts, pairs of text and metadata, or dictionaries with `text`, `metadata`, `id`, `timestamp`
     ) -> list[str]:
-        "Keep many texts, all or none; their ids. What says almost the same as a memory that was there is reported in one warning."
+        """
+        Keep many texts, all or none; their ids. What says almost the same as a memory that was there, or as an earlier one of them, is reported
+        in one NearDuplicateWarning; where warnings are made errors, nothing is kept.
+        """
+        if isinstance(items, str | bytes | Mapping) or not isinstance(items, Iterable):
+            raise TypeError(f"items: expected a list of texts, pairs or dictionaries, not {items!r:.100}")
         items = list(items)
-        made = self.store.add_many(items)
-        if self.near_duplicate is not None:
-            texts = [one if isinstance(one, str) else one[0] if isinstance(one, tuple) else one["text"] for one in items]
-            new = set(made)
-            alike = [[pair for pair in self._alike(text) if pair[0] not in new] for text in texts]
-            self._report(list(zip(made, alike, strict=True)))
+        texts = [one[0] if isinstance(one, tuple) and one else one.get("text") if isinstance(one, Mapping) else one for one in items]
+        alike = self._alike(texts)
+        with self.store.transaction():
+            made = self.store.add_many(items)
+            self._report(made, alike)
         return made
 
-    def _alike(self, text: Any) -> list[tuple[str, float]]:
-        if self.near_duplicate is None or not isinstance(text, str) or not text.strip():
-            return []
-        return self.store.near_duplicates(text, self.near_duplicate)
+    def _alike(self, texts: Sequence[Any]) -> dict[int, tuple[int | str, float]]:
+        "The places of texts that say almost the same as a memory or an earlier one of them: its id or place, and the likeness."
+        if self.near_duplicate is None:
+            return {}
+        return self.store.alike([text if isinstance(text, str) else "" for text in texts], self.near_duplicate)
 
-    def _report(self, pairs: Sequence[tuple[str, Sequence[tuple[str, float]]]]) -> None:
-        said = [f"{made} is {alike[0][1]:.0%} like {alike[0][0]}" for made, alike in pairs if alike]
-        if said:
+    def _report(self, made: Sequence[str], alike: Mapping[int, tuple[int | str, float]]) -> None:
+        if alike:
+            said = [f"{made[place]} is {likeness:.0%} like {made[one] if isinstance(one, int) else one}" for place, (one, likeness) in sorted(alike.items())]
             more = f", and {len(said) - 5} more" if len(said) > 5 else ""
             warnings.warn(f"near duplicates were added: {'; '.join(said[:5])}{more}", NearDuplicateWarning, stacklevel=3)
 
