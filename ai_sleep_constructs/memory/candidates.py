@@ -44,7 +44,7 @@ def quoted(words: Iterable[str], most: int = 32) -> list[str]:
     kept = sorted((word for word in distinct if _WORD.search(word)), key=lambda word: -len(word))[:most]
     return ['"' + word.replace('"', '""') + '"' for word in kept]
 
-# %% ../../nbs/memory/candidates.ipynb #0b62e65b
+# %% ../../nbs/memory/candidates.ipynb #03f25bbf
 Fusion = Literal["zscore", "rrf"]
 
 
@@ -129,7 +129,7 @@ class Candidates:
         if self.vectors:
             scores = self._fused(points, np.array([cosines.get(number, np.nan) for number in numbers]))
         best = np.argsort(-scores, kind="stable")[:limit]
-        common = self._common([word for word in words if word not in searched], words, [numbers[place] for place in best])
+        common = self._common([word for word in words if words[word][0] and word not in searched], words, [numbers[place] for place in best])
         whole = sum(rarity for _, rarity in words.values()) or 1.0
         return [
             Candidate(
@@ -146,35 +146,50 @@ class Candidates:
     def _matching(self, words: list[str], scope: tuple[str, list[Any]], pool: int) -> dict[int, float]:
         if not words:
             return {}
-        sql = """SELECT rowid, -rank FROM memories_text AS f WHERE memories_text MATCH ? AND rank MATCH ? AND EXISTS
-            (SELECT 1 FROM memories WHERE number = f.rowid AND namespace = ? AND {}) ORDER BY rank LIMIT ?"""
-        weighted = f"bm25({', '.join(str(float(weight)) for weight in self.column_weights)})"
-        return dict(self._all(sql, scope, pool, first=(" OR ".join(words), weighted, self.store.namespace)))
+        weights = ", ".join(str(float(weight)) for weight in self.column_weights)
+        inside, first = self._inside(scope)
+        sql = f"""SELECT rowid, -bm25(memories_text, {weights}) AS points FROM memories_text AS f
+            WHERE memories_text MATCH ? {inside} ORDER BY points DESC LIMIT ?"""
+        return dict(self.store.connections.rows(sql, (" OR ".join(words), *first, pool)))
+
+    def _inside(self, scope: tuple[str, list[Any]]) -> tuple[str, list[Any]]:
+        """A condition that keeps the memories of the index that are in the scope, and its values; none where all are."""
+        sides = " OR ".join(f"EXISTS (SELECT 1 FROM memories WHERE namespace {sign} ?)" for sign in "<>")
+        if scope[0] == "1" and not self.store.connections.rows(f"SELECT {sides}", (self.store.namespace,) * 2)[0][0]:
+            return "", []
+        condition = f"AND EXISTS (SELECT 1 FROM memories WHERE number = f.rowid AND namespace = ? AND {scope[0]})"
+        return condition, [self.store.namespace, *scope[1]]
 
     def _weighed(self, words: list[str]) -> dict[str, tuple[int, float]]:
         """In how many memories of the file each word is, and how rare that is; more than `ranked` are estimated by how close the first of them stand."""
-        block = self.store.connections.rows("SELECT block FROM memories_text_data WHERE id = 1")  # FTS5's averages begin with the number of rows
-        total = _first_integer(block[0][0]) if block else 0
-        last = self.store.connections.rows("SELECT coalesce(max(number), 0) FROM memories")[0][0]
-        sql = "SELECT count(*), max(rowid) FROM (SELECT rowid FROM memories_text WHERE memories_text MATCH ? LIMIT ?)"
+        rows = self.store.connections.rows
+        last, block = rows(  # FTS5's averages begin with the number of rows
+            "SELECT (SELECT max(number) FROM memories), (SELECT block FROM memories_text_data WHERE id = 1)"
+        )[0]
+        total = _first_integer(block) if block else 0
+        some = "(SELECT rowid FROM memories_text WHERE memories_text MATCH {} LIMIT ?)"
+        counts = rows(f"SELECT value, (SELECT count(*) FROM {some.format('value')}) FROM json_each(?)", (self.ranked + 1, json.dumps(words)))
         out = {}
-        for word in words:
-            count, end = self.store.connections.rows(sql, (word, self.ranked + 1))[0]
-            count = count if count <= self.ranked else min(max(count, round(count * last / end)), total)
+        for word, count in counts:
+            if count > self.ranked:
+                end = rows(f"SELECT max(rowid) FROM {some.format('?')}", (word, count))[0][0]
+                count = min(max(count, round(count * last / end)), total)
             out[word] = count, max(math.log((max(total - count, 0) + 0.5) / (count + 0.5)), 1e-6)  # as FTS5 weighs it
         return out
 
     def _searched(self, words: Mapping[str, tuple[int, float]], scope: tuple[str, list[Any]]) -> list[str]:
         """Of the words that are in the scope those that bring at most `ranked` memories together, the rarest first, and the rarest in any case."""
-        sql = """SELECT EXISTS (SELECT 1 FROM memories_text AS f WHERE memories_text MATCH ? AND EXISTS
-            (SELECT 1 FROM memories WHERE number = f.rowid AND namespace = ? AND {}))"""
+        there = [word for word, (count, _) in words.items() if count]
+        inside, values = self._inside(scope)
+        if inside:
+            sql = f"SELECT value FROM json_each(?) WHERE EXISTS (SELECT 1 FROM memories_text AS f WHERE memories_text MATCH value {inside})"
+            there = [word for (word,) in self.store.connections.rows(sql, (json.dumps(there), *values))]
         found, room = list[str](), self.ranked
-        for word in sorted(words, key=lambda word: words[word][0]):
+        for word in sorted(there, key=lambda word: words[word][0]):
             if found and words[word][0] > room:
                 break
-            if words[word][0] and self._all(sql, scope, first=(word, self.store.namespace))[0][0]:
-                found.append(word)
-                room -= words[word][0]
+            found.append(word)
+            room -= words[word][0]
         return found
 
     def _common(self, left: Iterable[str], words: Mapping[str, tuple[int, float]], numbers: list[int]) -> dict[int, float]:
