@@ -389,10 +389,13 @@ def test_python_ends_with_a_scheduler_open_and_tells_of_its_errors():
         from ai_sleep_constructs.cmr.optimization_background import ComputationScheduler
         assert threading.active_count() == 1
         scheduler = ComputationScheduler()
-        scheduler.submit(lambda: time.sleep(0.5))  # so that nothing has failed yet when the others are submitted
+        submitted = threading.Event()
+        scheduler.submit(submitted.wait)  # nothing has failed yet when the others are submitted
         scheduler.submit(lambda: {}["nobody asked"], name="lost")
+        scheduler.submit(lambda: time.sleep(2))
         scheduler.submit(lambda: time.sleep(100))
-        time.sleep(1.5)
+        submitted.set()
+        time.sleep(0.5)
         print("end")"""
     done = subprocess.run([sys.executable, "-c", child], capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout == "end\n" and "background job 'lost' failed" in done.stderr and "KeyError: 'nobody asked'" in done.stderr
