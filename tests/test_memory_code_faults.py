@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from code_memories import index, until
 
 from ai_sleep_constructs.memory.code.context import CodeContext
 from ai_sleep_constructs.memory.code.system import CodeMemorySystem
@@ -30,19 +31,8 @@ def system_of(path=":memory:", **options):
     return CodeMemorySystem(None, path, **{"embedder": None, "enable_recency_boost": False, "relevance_threshold": 0.0, **options})
 
 
-def index(system, folder):
-    return system.index_repository(folder, progress=False)
-
-
 def edges(graph):
     return {(one.split("::")[-1], other.split("::")[-1]) for one, other in graph.to_networkx().edges}
-
-
-def until(true, seconds=20.0):
-    end = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < end, "it did not come about"
-        time.sleep(0.02)
 
 
 # Nights and losses

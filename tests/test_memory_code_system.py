@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+from code_memories import index, until
 
 from ai_sleep_constructs.memory.code.context import CodeContext, code_for_prompt
 from ai_sleep_constructs.memory.code.system import CodeMemorySystem, CodeRetrievalConfig
@@ -81,10 +82,6 @@ def system_of(model=None, path=":memory:", **options):
 
 def names(found):
     return [(m.metadata or {}).get("qualified_name") for m in found]
-
-
-def index(system, folder, exclude=None, **options):
-    return system.index_repository(folder, exclude, progress=False, **options)
 
 
 # Defaults
@@ -301,13 +298,6 @@ def test_a_watched_folder_stays_in_step(repository):
         (repository / "app/tokens.py").write_text("def after_the_end():\n    return 1\n")
         time.sleep(0.3)
         assert "after_the_end" not in names_of(system.get_all_memories())
-
-
-def until(true, seconds=20.0):
-    end = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < end, "it did not come about"
-        time.sleep(0.05)
 
 
 # Notes

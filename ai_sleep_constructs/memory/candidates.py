@@ -44,7 +44,7 @@ def quoted(words: Iterable[str], most: int = 32) -> list[str]:
     kept = sorted((word for word in distinct if _WORD.search(word)), key=lambda word: -len(word))[:most]
     return ['"' + word.replace('"', '""') + '"' for word in kept]
 
-# %% ../../nbs/memory/candidates.ipynb #03f25bbf
+# %% ../../nbs/memory/candidates.ipynb #caa3605c
 Fusion = Literal["zscore", "rrf"]
 
 
@@ -109,12 +109,14 @@ class Candidates:
         scope = compile_where(where)
         pool = max(limit, self.pool)
         words = self._weighed(quoted(self.tokenize(query)))
-        searched = self._searched(words, scope)
-        hits = self._matching(searched, scope, pool)
+        inside = self._inside(scope)
+        searched = self._searched(words, inside)
+        hits = self._matching(searched, inside, pool)
         if where and self.neighbour_shares:  # what the filter leaves out may stand beside what it holds for
-            everywhere = self._searched(words, ("1", []))
+            inside = self._inside(("1", []))
+            everywhere = self._searched(words, inside)
             searched += [word for word in everywhere if word not in searched]
-            hits |= self._matching(everywhere, ("1", []), pool)
+            hits |= self._matching(everywhere, inside, pool)
             hits = dict(sorted(hits.items(), key=lambda hit: -hit[1]))
         lexical = self._smoothed(hits, limit, scope if where else None)
         cosines = self._similar(query, scope if where else None, pool, lexical)
@@ -143,14 +145,14 @@ class Candidates:
         condition, values = scope
         return self.store.connections.rows(sql.format(condition), (*first, *values, *last))
 
-    def _matching(self, words: list[str], scope: tuple[str, list[Any]], pool: int) -> dict[int, float]:
+    def _matching(self, words: list[str], inside: tuple[str, list[Any]], pool: int) -> dict[int, float]:
         if not words:
             return {}
         weights = ", ".join(str(float(weight)) for weight in self.column_weights)
-        inside, first = self._inside(scope)
+        condition, values = inside
         sql = f"""SELECT rowid, -bm25(memories_text, {weights}) AS points FROM memories_text AS f
-            WHERE memories_text MATCH ? {inside} ORDER BY points DESC LIMIT ?"""
-        return dict(self.store.connections.rows(sql, (" OR ".join(words), *first, pool)))
+            WHERE memories_text MATCH ? {condition} ORDER BY points DESC LIMIT ?"""
+        return dict(self.store.connections.rows(sql, (" OR ".join(words), *values, pool)))
 
     def _inside(self, scope: tuple[str, list[Any]]) -> tuple[str, list[Any]]:
         """A condition that keeps the memories of the index that are in the scope, and its values; none where all are."""
@@ -177,12 +179,12 @@ class Candidates:
             out[word] = count, max(math.log((max(total - count, 0) + 0.5) / (count + 0.5)), 1e-6)  # as FTS5 weighs it
         return out
 
-    def _searched(self, words: Mapping[str, tuple[int, float]], scope: tuple[str, list[Any]]) -> list[str]:
+    def _searched(self, words: Mapping[str, tuple[int, float]], inside: tuple[str, list[Any]]) -> list[str]:
         """Of the words that are in the scope those that bring at most `ranked` memories together, the rarest first, and the rarest in any case."""
         there = [word for word, (count, _) in words.items() if count]
-        inside, values = self._inside(scope)
-        if inside:
-            sql = f"SELECT value FROM json_each(?) WHERE EXISTS (SELECT 1 FROM memories_text AS f WHERE memories_text MATCH value {inside})"
+        condition, values = inside
+        if condition:
+            sql = f"SELECT value FROM json_each(?) WHERE EXISTS (SELECT 1 FROM memories_text AS f WHERE memories_text MATCH value {condition})"
             there = [word for (word,) in self.store.connections.rows(sql, (json.dumps(there), *values))]
         found, room = list[str](), self.ranked
         for word in sorted(there, key=lambda word: words[word][0]):

